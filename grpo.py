@@ -1,0 +1,192 @@
+"""GRPO with a verifiable reward: the baseline that npo.py adds one thing to.
+
+Each step, the policy answers P prompts G times each; every answer's reward is compared with those of its own group
+(Shao et al. 2024, arXiv 2402.03300), and a clipped policy-gradient step follows:
+
+    A_i  = (r_i - mean(r)) / std(r)                                            over the G rewards of the group
+    J    = E[ 1/G sum_i 1/|o_i| sum_t min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i) ]
+    rho_it = pi_theta(o_it | o_i<t) / q_i(o_it | o_i<t)                        q_i: the policy that sampled o_i
+
+Kept from the paper: the group baseline, token-level ratios, the mean per sequence and then over the batch. As in the NPO
+authors' settings: no KL term (the reward is verified, there is no reward model to drift away from), the clip range 0.2 / 0.28.
+
+    python grpo.py                                          # the embedded cards world, on a laptop
+    python grpo.py --model Qwen/Qwen3-VL-2B-Instruct --dataset hiyouga/geometry3k
+
+Letters: P prompts a step, G slots a group, B = P*G sequences, T completion length.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import verifier
+import report
+from policy import Group, Policy
+from run import Run, command_line
+from tasks import UsageError
+
+
+@dataclass
+class GRPOConfig:
+    # What is trained, on what, and where it goes
+    model: str = "cards"  # "cards" (the tiny base in assets/), a hub id, or a save_pretrained folder
+    dataset: str = ""  # "cards", a hub id, a data file or a folder [cards with model cards, else hiyouga/geometry3k]
+    columns: str = ""  # the data set's names, as in prompt=problem,images=images,answer=answer,choices=options
+    train_split: str = "train"  # split that is trained on
+    eval_split: str = ""  # held-out split [the last --eval-prompts rows of the training split]
+    eval_prompts: int = 256  # held-out prompts of an evaluation
+    eval_samples: int = 0  # answers to each of them, sampled as in training [4 for cards, else 1]
+    out: str = "runs/grpo"  # run directory; the same command resumes it
+    fresh: bool = False  # delete the run in --out and start over
+    # How long
+    steps: int = 80  # training steps
+    seed: int = 0  # decides prompts, sampling and evaluation
+    eval_every: int = 5  # steps between evaluations
+    save_every: int = 20  # steps between checkpoints (the authors save every 10 or 20)
+    # A batch
+    prompts_per_step: int = 16  # P (the authors: 256)
+    group_size: int = 8  # G, the paper's n
+    max_new_tokens: int = 0  # T at most [64 for cards, else 4096 as the authors]
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    # The update
+    lr: float = 0.0  # AdamW learning rate, constant [1e-4 for cards, else 1e-6 as the authors]
+    weight_decay: float = 0.01  # AdamW weight decay
+    max_grad_norm: float = 1.0  # gradient clipping
+    clip_low: float = 0.2  # the ratio's clip range is 1 - clip_low ...
+    clip_high: float = 0.28  # ... to 1 + clip_high
+    updates_per_batch: int = 1  # optimizer steps on each batch (GRPO's mu)
+    micro_batch_size: int = 32  # sequences in one forward and backward; memory only, never results
+    train_vision: bool = False  # train the vision tower too; not specified by the paper
+    device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda where there is one]
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights and gradients [bf16 on cuda, else fp32]
+
+    def __post_init__(self):
+        self.dataset = self.dataset or ("cards" if self.model == "cards" else "hiyouga/geometry3k")
+        on_cards = self.dataset == "cards"
+        self.eval_samples = self.eval_samples or (4 if on_cards else 1)
+        self.max_new_tokens = self.max_new_tokens or (64 if on_cards else 4096)
+        self.lr = self.lr or (1e-4 if on_cards else 1e-6)
+
+    def check(self) -> None:
+        """Raises UsageError for the first value that makes no sense."""
+        if self.group_size < 2:
+            raise UsageError(f"--group-size {self.group_size}: advantages compare answers to one prompt; it takes 2 at least")
+        counts = ("steps", "eval_every", "save_every", "prompts_per_step", "eval_prompts", "eval_samples", "max_new_tokens",
+                  "updates_per_batch", "micro_batch_size", "lr", "temperature", "max_grad_norm")  # fmt: skip
+        for name in counts:
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if not 0 <= self.clip_low < 1 or self.clip_high < 0:
+            raise UsageError(f"--clip-low {self.clip_low} --clip-high {self.clip_high}: take 0 <= low < 1 and high >= 0")
+
+
+# EXPERIMENT HERE: what an answer is worth, relative to the other answers to the same prompt.
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards (P, G) -> advantages (P, G): (r - mean) / (std + 1e-6), ddof 1 and eps as in the NPO authors' code.
+
+    A group whose rewards are all alike has nothing to compare: exactly 0.
+    """
+    mean, std = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
+    alike = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return ((rewards - mean) / (std + 1e-6)).masked_fill(alike, 0.0)
+
+
+# EXPERIMENT HERE: the objective.
+def clipped_policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+    clip_low: float = 0.2, clip_high: float = 0.28, num_sequences: int | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    """-J above, to be minimised.
+
+    Args:
+        logprobs, old_logprobs: (B, T), under pi_theta and under q_i.
+        advantages: (B,). mask: (B, T), True on completion tokens.
+        num_sequences: sequences in the whole batch, where this is one micro-batch of it (default: B), so that the
+            micro-batches' losses add up to the batch's.
+    Returns:
+        loss, and per token: "ratio" (B, T), and "low" and "high" (B, T), True where the clip stopped the gradient.
+    """
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))  # (B, T)
+    gain = advantages[:, None]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(ratio * gain, clipped * gain).masked_fill(~mask, 0.0)  # (B, T)
+    per_sequence = objective.sum(dim=1) / mask.sum(dim=1)  # (B,)
+    loss = -per_sequence.sum() / (num_sequences or len(logprobs))
+    stats = {
+        "ratio": ratio.detach(),
+        "low": mask & (ratio < 1 - clip_low) & (gain < 0),
+        "high": mask & (ratio > 1 + clip_high) & (gain > 0),
+    }
+    return loss, stats
+
+
+def update(policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group], config: GRPOConfig) -> dict:
+    """`updates_per_batch` optimizer steps on the groups; returns their metrics (of the first step, where they differ).
+
+    A group whose rewards are all alike has zero advantages and no gradient: it is counted, but left out of forward and
+    backward. With no other group in the batch there is no optimizer step.
+    """
+    rewards = torch.tensor([[c.reward for c in group.completions] for group in groups])  # (P, G)
+    if not rewards.isfinite().all():
+        raise FloatingPointError(f"a reward is {rewards[~rewards.isfinite()][0].item()}")
+    advantages = group_advantages(rewards)  # (P, G)
+    live = advantages.abs().amax(dim=1) > 0  # (P,)
+    rows = [(group.inputs, completion, advantage)
+            for group, of_group, use in zip(groups, advantages.tolist(), live) if use
+            for completion, advantage in zip(group.completions, of_group)]  # fmt: skip
+    metrics = {"frac_reward_zero_std": 1 - live.float().mean().item(), "loss": 0.0, "grad_norm": 0.0, "ratio": 1.0}
+    seen = []  # (completion, its tokens' ratios, low, high), in the first optimizer step
+    for repeat in range(config.updates_per_batch if rows else 0):
+        total = 0.0
+        for first in range(0, len(rows), config.micro_batch_size):
+            inputs, completions, gains = zip(*rows[first : first + config.micro_batch_size])
+            tokens = [completion.token_ids for completion in completions]
+            logprobs, mask = policy.logprobs(list(zip(inputs, tokens)), config.temperature)  # (B, T) of the micro-batch
+            behavior = torch.tensor([lp for c in completions for lp in c.behavior_logprobs], device=policy.device)
+            old_logprobs = torch.zeros_like(logprobs).masked_scatter(mask, behavior)  # (B, T)
+            loss, stats = clipped_policy_loss(
+                logprobs, old_logprobs, torch.tensor(gains, device=policy.device), mask,
+                config.clip_low, config.clip_high, num_sequences=rewards.numel(),
+            )  # fmt: skip
+            loss.backward()
+            total += loss.item()
+            if repeat == 0:
+                per_row = zip(completions, *(stats[name].cpu() for name in ("ratio", "low", "high")))
+                seen += [(c, *(value[: len(c.token_ids)] for value in values)) for c, *values in per_row]
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+        if not torch.tensor([total, norm]).isfinite().all():
+            raise FloatingPointError(f"loss is {total}, gradient norm {norm}")
+        optimizer.step()
+        optimizer.zero_grad()
+        if repeat == 0:
+            metrics |= {"loss": total, "grad_norm": norm}
+    if seen:
+        ratio, low, high = (torch.cat(values).float() for values in list(zip(*seen))[1:])
+        metrics |= {"ratio": ratio.mean().item(), "clip_ratio/low_mean": low.mean().item(),
+                    "clip_ratio/high_mean": high.mean().item()}  # fmt: skip
+    if guided := [ratio for completion, ratio, _, _ in seen if completion.source != "policy"]:
+        ratio = torch.cat(guided)
+        metrics |= {"npo/guide_ratio_mean": ratio.mean().item(), "npo/guide_ratio_min": ratio.min().item(),
+                    "npo/guide_ratio_max": ratio.max().item()}  # fmt: skip
+    return metrics
+
+
+def train(config: GRPOConfig, out: str | Path) -> None:
+    with Run(config, out) as run:
+        for step in run.steps():
+            groups = run.sample(step)  # P groups of G completions
+            verifier.score(groups)
+            stats = update(run.policy, run.optimizer, groups, config)
+            run.end_step(step, groups, stats)
+
+
+def main(config: GRPOConfig) -> None:
+    train(config, config.out)
+    report.grpo(Path(config.out))
+
+
+if __name__ == "__main__":
+    command_line(GRPOConfig, main)

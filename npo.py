@@ -1,0 +1,256 @@
+"""Near-Future Policy Optimization (arXiv 2604.20733): GRPO, but a policy also learns from its own near future.
+
+The loop is grpo.py's with one line more. That line needs a *guide*, a later checkpoint of the same run:
+
+1. A short GRPO run goes ahead (the *scout*); its last checkpoint is the guide.
+2. Offline, the guide answers the prompts of the steps ahead several times. One verified-correct answer a prompt is kept
+   in the guide cache, with its token ids and the guide's log-probs; no correct one, no entry.
+3. The policy goes back to the earlier checkpoint and takes the same steps again. Where its pass-rate on a prompt is at most
+   the gate tau, the last of the group's n slots becomes the guide's answer:          replace_slot
+4. Advantages are computed over the mixed group, and the guide's slot has the importance ratio of what really produced it,
+   rho = pi_theta / pi_guide, from the recorded log-probs. The clip bounds it as it does every other.
+
+Nothing else changes: same loss, same clip, same optimizer. There is no KL term, no reference model, and no averaged
+teacher; the guide is a frozen file of answers. Where the guide is far ahead its tokens' ratios are small, what it says
+fades (variance, V); where it is close it solves few new prompts (quality, Q). Near is where Q / V is high.
+
+Interventions, both the same act of going ahead, going back, and replaying guided:
+    early        the scout starts at the base, and so does the replay
+    late         the scout is a whole run that ends in a plateau; the replay starts where the plateau began
+    early+late   late, where the run that plateaus was itself started by early
+
+    python npo.py                                           # the embedded cards world, on a laptop
+    python npo.py --intervention late
+    python npo.py --guide runs/grpo/checkpoints/step_000040 # any checkpoint with the same tokenizer, or a guide.jsonl
+    python npo.py --model Qwen/Qwen3-VL-8B-Instruct         # one big GPU
+"""
+
+import dataclasses
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import report
+import verifier
+from grpo import GRPOConfig, update
+from grpo import train as train_grpo
+from policy import Completion, Group, Policy, load_tokenizer, tokenizer_fingerprint
+from run import (
+    Run,
+    checkpoint_path,
+    checkpoint_state,
+    command_line,
+    derived_seed,
+    load_config_prompts,
+    model_path,
+    open_directory,
+    prompts_of_step,
+    read_jsonl,
+    say,
+)
+from tasks import UsageError
+
+
+@dataclass
+class NPOConfig(GRPOConfig):
+    out: str = "runs/npo"  # run directory (the scout's is scout/ in it); the same command resumes it
+    steps: int = 0  # training steps [80; with a late intervention --plateau-end]
+    # Near-future guidance
+    intervention: Literal["early", "late", "early+late"] = "early"  # where the policy goes ahead and comes back to
+    scout_steps: int = 40  # early: steps the scout goes ahead; not specified by the paper
+    plateau_start: int = 80  # late: step to roll back to, a multiple of --save-every; not specified by the paper
+    plateau_end: int = 160  # late: step up to which the scout goes ahead; not specified by the paper
+    guide: str = ""  # learn from this checkpoint folder or guide.jsonl instead of from a scout
+    guide_samples: int = 8  # the guide's answers to a prompt, of which one correct is kept; not specified by the paper
+    guided_until: int = 0  # last guided step [the guide's own: beyond it, it is no future]
+    gate: float = 0.6  # tau: a slot is replaced where the pass-rate is at most this
+    is_correction: bool = True  # the guide slot's ratio is pi_theta / pi_guide; False: it starts at 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.steps = self.steps or (80 if self.intervention == "early" else self.plateau_end)
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.gate <= 1:
+            raise UsageError(f"--gate {self.gate}: it is compared with a pass-rate, so it lies between 0 and 1")
+        for name in ("scout_steps", "guide_samples"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        start, end = self.plateau_start, self.plateau_end
+        if self.intervention != "early" and not (0 < start < min(end, self.steps) and start % self.save_every == 0):
+            raise UsageError(f"--plateau-start {start}: must be a multiple of --save-every {self.save_every}, and lie before "
+                             f"--plateau-end {end} and --steps {self.steps}")  # fmt: skip
+
+
+# EXPERIMENT HERE: whose answer takes a slot, which slot, and when.
+def replace_slot(group: Group, guide: Completion | None, gate: float = 0.6) -> Group:
+    """The group with its last slot given to the guide, if its pass-rate is at most `gate` and the guide has an answer.
+
+    The pass-rate is the mean accuracy (not reward) of all n on-policy slots. The argument is never changed.
+    """
+    pass_rate = statistics.fmean(completion.accuracy for completion in group.completions)
+    if guide is None or pass_rate > gate:
+        return group
+    return dataclasses.replace(group, completions=[*group.completions[:-1], guide])
+
+
+def train(config: NPOConfig, out: Path, cache: dict[str, Completion], until: int, start: Path | None, spent_tokens: int) -> None:
+    with Run(config, out, start, spent_tokens) as run:
+        for step in run.steps():
+            groups = run.sample(step)  # P groups of G completions
+            verifier.score(groups)
+            guides = [cache.get(group.prompt.id) if step <= until else None for group in groups]
+            mixed = [replace_slot(group, guide, config.gate) for group, guide in zip(groups, guides)]
+            if not config.is_correction:
+                mixed = without_is_correction(mixed, run.policy, config)
+            stats = update(run.policy, run.optimizer, mixed, config)
+            run.end_step(step, groups, stats | guide_use(step, groups, mixed), mixed)
+
+
+@torch.no_grad()
+def without_is_correction(mixed: list[Group], policy: Policy, config: NPOConfig) -> list[Group]:
+    """The groups with the guide's log-probs replaced by the policy's own, so that the guide slot's ratio starts at 1."""
+    mixed = list(mixed)
+    guided = [i for i, group in enumerate(mixed) if group.completions[-1].source != "policy"]
+    for first in range(0, len(guided), config.micro_batch_size):
+        chunk = guided[first : first + config.micro_batch_size]
+        rows = [(mixed[i].inputs, mixed[i].completions[-1].token_ids) for i in chunk]
+        logprobs, mask = policy.logprobs(rows, config.temperature)  # (B, T) of the guides
+        for i, values, real in zip(chunk, logprobs, mask):
+            own = dataclasses.replace(mixed[i].completions[-1], behavior_logprobs=values[real].tolist())
+            mixed[i] = dataclasses.replace(mixed[i], completions=[*mixed[i].completions[:-1], own])
+    return mixed
+
+
+def guide_use(step: int, groups: list[Group], mixed: list[Group]) -> dict:
+    guides = [after.completions[-1] for before, after in zip(groups, mixed) if after is not before]
+    use = {"npo/guide_frac": len(guides) / len(groups)}
+    if guides:
+        use["npo/distance"] = statistics.fmean(int(guide.source.removeprefix("guide@")) for guide in guides) - step
+    return use
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The guide cache, guide.jsonl: a header, then one line a prompt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_cache(config: NPOConfig, guide: str | Path, first_step: int, until: int, path: Path) -> None:
+    """Lets the guide answer the prompts of steps `first_step` to `until`; resumes where a kill stopped it.
+
+    Of its answers to a prompt the first that is correct and finished is kept. A prompt without one has a line too, with
+    its pass-rate but no completion: the file is also a measurement of the guide's quality.
+    """
+    prompt_set, _ = load_config_prompts(config)
+    asked = {p.id: p for step in range(first_step, until + 1) for p in prompts_of_step(prompt_set, step, config)}
+    prompts, state = list(asked.values()), checkpoint_state(guide)
+    header = {
+        "guide": str(guide), "guide_step": state["step"], "guide_sampled_tokens": state["sampled_tokens"],
+        "dataset": prompt_set.fingerprint, "tokenizer": tokenizer_fingerprint(load_tokenizer(model_path(config))),
+        "prompts": len(prompts), "samples": config.guide_samples, "temperature": config.temperature,
+    }  # fmt: skip
+    if (theirs := tokenizer_fingerprint(load_tokenizer(guide))) != header["tokenizer"]:
+        raise UsageError(f"--guide {guide}: its tokenizer ({theirs}) is not that of the policy {config.model} "
+                         f"({header['tokenizer']}); token ids would mean other words. Take a checkpoint of the same model")  # fmt: skip
+    partial, size = path.with_name(path.name + ".partial"), config.prompts_per_step
+    lines = read_jsonl(partial)
+    lines = lines[: 1 + (len(lines) - 1) // size * size] if lines[:1] == [header] else [header]
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    policy = Policy(guide, config.device, config.dtype)
+    bar = tqdm(total=len(prompts), initial=len(lines) - 1, desc=f"guide@{state['step']} answers {config.guide_samples} times", unit="prompt")
+    with open(partial, "a") as file, bar:
+        for first in range(len(lines) - 1, len(prompts), size):
+            seed = derived_seed(config.seed, "guide", first)
+            groups = policy.sample(prompts[first : first + size], config.guide_samples, config.max_new_tokens, config.temperature, seed)
+            verifier.score(groups)
+            file.writelines(json.dumps(cache_line(group, state["step"])) + "\n" for group in groups)
+            file.flush()
+            bar.update(len(groups))
+    partial.rename(path)
+
+
+def cache_line(group: Group, guide_step: int) -> dict:
+    right = next((c for c in group.completions if c.accuracy == 1 and c.finished), None)
+    return {
+        "prompt_id": group.prompt.id,
+        "pass_rate": statistics.fmean(c.accuracy for c in group.completions),
+        "sampled_tokens": sum(len(c.token_ids) for c in group.completions),
+        "completion": right and asdict(dataclasses.replace(right, source=f"guide@{guide_step}")),
+    }
+
+
+def load_cache(config: NPOConfig, path: Path) -> tuple[dict, dict[str, Completion], int]:
+    """The header, the completions by prompt id, and the tokens that the guide sampled for the cache."""
+    text = path.read_text()
+    try:
+        header, *lines = [json.loads(line) for line in text.splitlines()]
+        whole = text.endswith("\n") and len(lines) == header["prompts"]
+    except (ValueError, KeyError):
+        whole = False
+    if not whole:
+        raise UsageError(f"guide cache {path}: cut short or damaged; delete it and run again, it will be rebuilt")
+    prompt_set, _ = load_config_prompts(config)
+    mine = {"dataset": prompt_set.fingerprint, "tokenizer": tokenizer_fingerprint(load_tokenizer(model_path(config)))}
+    for what, value in mine.items():
+        if header[what] != value:
+            raise UsageError(f"guide cache {path}: made for another {what} ({header[what]}; this run has {value}); pass the "
+                             "checkpoint itself as --guide, and a new cache will be made")  # fmt: skip
+    cache = {line["prompt_id"]: Completion(**line["completion"]) for line in lines if line["completion"]}
+    tokens = sum(line["sampled_tokens"] for line in lines)
+    say(f"{path}: guide@{header['guide_step']} solved {len(cache)} of {len(lines)} prompts ({len(cache) / len(lines):.0%}) "
+        f"within {header['samples']} answers, {tokens:,} tokens")  # fmt: skip
+    return header, cache, tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def intervene(config: NPOConfig, out: Path) -> None:
+    """Goes ahead, builds the cache, goes back, replays guided; a directory that has any of it done goes on from there."""
+    open_directory(config, out)
+    guide, start, cache_path = config.guide, None, out / "guide.jsonl"
+    if guide.endswith(".jsonl"):
+        cache_path = Path(guide)
+        if not cache_path.is_file():
+            raise UsageError(f"--guide {guide}: no such file")
+    elif not guide:
+        go_ahead(config, out / "scout")
+        guide = checkpoint_path(out / "scout", config.scout_steps if config.intervention == "early" else config.plateau_end)
+    if config.intervention != "early":
+        start = Path(guide).with_name(checkpoint_path(out, config.plateau_start).name)
+        if not start.is_dir():
+            raise UsageError(f"--plateau-start {config.plateau_start}: {start} does not exist; give a step that was saved")
+    first_step = 1 + (checkpoint_state(start)["step"] if start else 0)
+    if not cache_path.is_file():
+        until = min(config.guided_until or checkpoint_state(guide)["step"] or config.steps, config.steps)
+        build_cache(config, guide, first_step, until, cache_path)
+    header, cache, tokens = load_cache(config, cache_path)
+    until = config.guided_until or header["guide_step"] or config.steps
+    train(config, out, cache, until, start, header["guide_sampled_tokens"] + tokens)
+
+
+def go_ahead(config: NPOConfig, out: Path) -> None:
+    """The scout: plain GRPO from the base; for early+late the run that plateaus is an early one."""
+    if config.intervention == "early+late":
+        scout = dataclasses.replace(config, intervention="early", steps=config.plateau_end, out=str(out))
+        intervene(scout, out)
+        return
+    steps = config.scout_steps if config.intervention == "early" else config.plateau_end
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(GRPOConfig)}
+    train_grpo(GRPOConfig(**shared | {"steps": steps, "out": str(out)}), out)
+
+
+def main(config: NPOConfig) -> None:
+    intervene(config, Path(config.out))
+    report.npo(Path(config.out))
+
+
+if __name__ == "__main__":
+    command_line(NPOConfig, main)

@@ -1,0 +1,117 @@
+"""What a run directory shows from outside: curves.png, summary.json and a summary in words."""
+
+import json
+from pathlib import Path
+
+from run import evaluations, read_jsonl, say
+
+
+def first_reach(evals: list[dict], accuracy: float, key: str = "step") -> float | None:
+    """Where held-out accuracy first reaches a level, in steps or "sampled_tokens": linear between evaluations."""
+    before = None
+    for line in evals:
+        if line["eval/accuracy"] >= accuracy:
+            if before is None:
+                return float(line[key])
+            share = (accuracy - before["eval/accuracy"]) / (line["eval/accuracy"] - before["eval/accuracy"])
+            return before[key] + share * (line[key] - before[key])
+        before = line
+    return None
+
+
+def totals(out: Path) -> dict:
+    """The end of a run in numbers."""
+    evals, lines = evaluations(out), read_jsonl(out / "metrics.jsonl")
+    return {
+        "steps": lines[-1]["step"],
+        "eval/accuracy": evals[-1]["eval/accuracy"],
+        "eval/accuracy_start": evals[0]["eval/accuracy"],
+        "sampled_tokens": lines[-1]["sampled_tokens"],
+        "training_seconds": sum(line.get("step_time", 0) for line in lines),
+    }
+
+
+def grpo(out: Path) -> None:
+    """summary.json and curves.png of a run without a guide."""
+    summary = totals(out)
+    write(out, summary, {"GRPO": out})
+    say(f"{out}: held-out accuracy {summary['eval/accuracy_start']:.3f} -> {summary['eval/accuracy']:.3f} in "
+        f"{summary['steps']} steps, {summary['sampled_tokens']:,} sampled tokens, {summary['training_seconds']:.0f} s")  # fmt: skip
+
+
+def npo(out: Path) -> None:
+    """The same for a guided run, beside the scout that went ahead: steps and tokens to the scout's final accuracy."""
+    summary, scout = totals(out), out / "scout"
+    if not scout.is_dir():  # --guide: the guide's own run is elsewhere
+        write(out, summary, {"NPO": out})
+        say(f"{out}: held-out accuracy {summary['eval/accuracy']:.3f} after {summary['steps']} steps")
+        return
+    before, goal = totals(scout), totals(scout)["eval/accuracy"]
+    summary |= {"scout": before, "goal": goal}
+    for key in ("step", "sampled_tokens"):
+        alone, guided = first_reach(evaluations(scout), goal, key), first_reach(evaluations(out), goal, key)
+        summary[f"to_goal/{key}"] = {"without_guide": alone, "with_guide": guided, "speed_up": guided and alone / guided}
+    write(out, summary, {"scout (no guide)": scout, "NPO": out})
+    say(f"\nThe scout went from {before['eval/accuracy_start']:.3f} to {goal:.3f} held-out accuracy in {before['steps']} steps.")
+    steps, tokens = summary["to_goal/step"], summary["to_goal/sampled_tokens"]
+    if steps["with_guide"] is None:
+        say(f"NPO did not reach {goal:.3f} within {summary['steps']} steps.")
+    else:
+        say(f"Steps to {goal:.3f}: {steps['without_guide']:.1f} without the guide, {steps['with_guide']:.1f} with it: "
+            f"{steps['speed_up']:.2f}x.")  # fmt: skip
+        say(f"Sampled tokens to {goal:.3f}, scout and guide cache counted: {tokens['without_guide']:,.0f} without, "
+            f"{tokens['with_guide']:,.0f} with: {tokens['speed_up']:.2f}x.")  # fmt: skip
+    say(f"NPO ended at {summary['eval/accuracy']:.3f} after {summary['steps']} steps, "
+        f"{summary['sampled_tokens']:,} sampled tokens in all.")  # fmt: skip
+    show_transcript(out)
+    say(f"\ncurves: {out / 'curves.png'}   numbers: {out / 'summary.json'}")
+
+
+def show_transcript(out: Path) -> None:
+    line = next((line for line in read_jsonl(out / "samples.jsonl") if "guide" in line and line["reward"] < 1), None)
+    if line:
+        say(f"\nA replaced slot (step {line['step']}, pass-rate {line['pass_rate']:.2f}): {line['question']} Gold {line['gold']}.\n"
+            f"  policy    {line['policy']}\n  {line['source']:9} {line['guide']}")  # fmt: skip
+
+
+def write(out: Path, summary: dict, runs: dict[str, Path]) -> None:
+    aside = out / "summary.json.tmp"
+    aside.write_text(json.dumps(summary, indent=2) + "\n")
+    aside.rename(out / "summary.json")
+    draw_curves(runs, out / "curves.png")
+
+
+def draw_curves(runs: dict[str, Path], path: Path) -> None:
+    """Held-out accuracy by steps and by all sampled tokens, entropy, and what the guide did."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, ((by_step, by_tokens), (entropy, guide)) = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for color, (name, out) in enumerate(runs.items()):
+        evals, lines = evaluations(out), [line for line in read_jsonl(out / "metrics.jsonl") if "entropy" in line]
+        accuracy = [line["eval/accuracy"] for line in evals]
+        by_step.plot([line["step"] for line in evals], accuracy, f"C{color}o-", ms=3, label=name)
+        by_tokens.plot([line["sampled_tokens"] / 1e3 for line in evals], accuracy, f"C{color}o-", ms=3, label=name)
+        entropy.plot([line["step"] for line in lines], [line["entropy"] for line in lines], f"C{color}", label=name)
+        guided = [line for line in lines if "npo/guide_ratio_mean" in line]
+        if guided:
+            steps = [line["step"] for line in guided]
+            guide.plot(steps, [line["npo/guide_frac"] for line in guided], f"C{color}", label="groups with a guide")
+            guide.plot(steps, [line["npo/guide_ratio_mean"] for line in guided], f"C{color}--", label="its ratio: mean")
+            guide.plot(steps, [line["npo/guide_ratio_min"] for line in guided], f"C{color}:", label="its ratio: least token")
+    by_step.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
+    by_tokens.set(xlabel="thousand sampled tokens, scout and cache counted", ylabel="held-out accuracy", ylim=(0, 1))
+    entropy.set(xlabel="step", ylabel="entropy (nats per token)")
+    guide.set(xlabel="step", ylabel="guide slots", ylim=(0, None))
+    for axes in (by_step, by_tokens, entropy, guide):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        else:
+            axes.text(0.5, 0.5, "no guide in this run", ha="center", transform=axes.transAxes)
+    aside = path.with_name("curves.tmp.png")
+    figure.savefig(aside, dpi=110)
+    pyplot.close(figure)
+    aside.rename(path)

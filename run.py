@@ -1,0 +1,280 @@
+"""The run directory: what a training run reads and writes.  Plumbing; skip it on a first read.
+
+    config.json  metrics.jsonl  samples.jsonl  checkpoints/step_000040/  curves.png  summary.json   (npo.py: + guide.jsonl)
+
+The directory is the truth. Which prompts step k sees, and the seed that it samples with, are pure functions of (seed, k);
+so resuming needs no generator state, a rollback replays the same prompts, and the same command continues a run from its
+newest checkpoint to the same bits. What was written after that checkpoint is dropped and done again.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import random
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import cards
+import verifier
+from policy import Group, Policy
+from tasks import Prompt, PromptSet, UsageError, load_prompts
+
+
+def derived_seed(*key) -> int:
+    """63 bits out of anything that names a random choice, such as (seed, "sample", step)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def prompts_of_step(prompts: PromptSet, step: int, config) -> list[Prompt]:
+    """The P prompts of a step (counted from 1): the next ones of a shuffle that is new every epoch."""
+    first, last = (step - 1) * config.prompts_per_step, step * config.prompts_per_step
+    order = {}  # of each epoch that the step touches
+    for epoch in range(first // len(prompts), (last - 1) // len(prompts) + 1):
+        order[epoch] = list(range(len(prompts)))
+        random.Random(derived_seed(config.seed, "shuffle", epoch)).shuffle(order[epoch])
+    return [prompts[order[place // len(prompts)][place % len(prompts)]] for place in range(first, last)]
+
+
+def checkpoint_path(out: Path, step: int) -> Path:
+    return Path(out) / "checkpoints" / f"step_{step:06d}"
+
+
+def checkpoint_state(path: Path) -> dict:
+    """{"step", "sampled_tokens"} of a checkpoint that a run wrote; step 0 for any other model."""
+    state = Path(path) / "state.json"
+    return json.loads(state.read_text()) if state.is_file() else {"step": 0, "sampled_tokens": 0}
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """All whole lines; a last line that a kill cut short does not count."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def evaluations(out: Path) -> list[dict]:
+    """The metrics lines with a held-out accuracy, by step."""
+    return [line for line in read_jsonl(Path(out) / "metrics.jsonl") if "eval/accuracy" in line]
+
+
+class Run:
+    """One stretch of training, from a starting checkpoint to `config.steps`, in its own directory.
+
+    Args:
+        start: the checkpoint it starts from, optimizer included; None for the model that the configuration names.
+        spent_tokens: tokens sampled before (scout, guide cache), so that `sampled_tokens` counts all of them.
+    """
+
+    def __init__(self, config, out: str | Path, start: Path | None = None, spent_tokens: int = 0):
+        self.config, self.out = config, Path(out)
+        open_directory(config, self.out)
+        self.start_step = checkpoint_state(start)["step"] if start else 0
+        done = [path for path in sorted(self.out.glob("checkpoints/step_*")) if path.suffix != ".tmp"]
+        source = done[-1] if done else start
+        self.step = checkpoint_state(source)["step"] if source else 0
+        self.sampled_tokens = checkpoint_state(done[-1])["sampled_tokens"] if done else spent_tokens
+        self._keep_until(self.step if done else -1)
+        self.train_prompts, self.held_out = load_config_prompts(config)
+        self.policy = Policy(source or model_path(config), config.device, config.dtype, config.train_vision)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        if source and (Path(source) / "optimizer.pt").is_file():
+            state = torch.load(Path(source) / "optimizer.pt", map_location=self.policy.device, weights_only=True)
+            self.optimizer.load_state_dict(state)
+            for group in self.optimizer.param_groups:
+                group["lr"], group["weight_decay"] = config.lr, config.weight_decay
+
+    def __enter__(self) -> "Run":
+        sequences = self.config.prompts_per_step * self.config.group_size
+        if self.step < self.config.steps:
+            resumed = f", resumed at step {self.step}" if self.step > self.start_step else ""
+            say(f"{self.out}: steps {self.start_step + 1}-{self.config.steps}{resumed} | {self.config.prompts_per_step} "
+                f"prompts x {self.config.group_size} slots = {sequences} completions/step = "
+                f"{-(-sequences // self.config.micro_batch_size)} micro-batches of {self.config.micro_batch_size} -> "
+                f"{self.config.updates_per_batch} optimizer step(s) | {len(self.train_prompts)} prompts, "
+                f"{len(self.held_out)} held out | {sum(p.numel() for p in self.policy.parameters()):,} trained parameters")  # fmt: skip
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is FloatingPointError:
+            kept = self._newest_checkpoint()
+            raise UsageError(f"step {self.step + 1}: {error}; stopped before the update. The last checkpoint is "
+                             f"{kept}; a lower --lr or --max-grad-norm may help") from error  # fmt: skip
+        if kind is KeyboardInterrupt:
+            kept = self._newest_checkpoint()
+            say(f"\ninterrupted in step {self.step + 1}; the same command resumes from {kept}")
+
+    def _newest_checkpoint(self) -> str:
+        done = [path for path in sorted(self.out.glob("checkpoints/step_*")) if path.suffix != ".tmp"]
+        return str(done[-1]) if done else "none yet (the run starts over)"
+
+    # ------------------------------------------------------------------------------------------------ the loop's parts
+
+    def steps(self):
+        """The steps still to do, with a progress bar; before the first one the start is evaluated."""
+        if self.step == self.start_step and not (self.out / "metrics.jsonl").is_file() and self.step < self.config.steps:
+            self._write("metrics.jsonl", {"step": self.step, "sampled_tokens": self.sampled_tokens,
+                                          "eval/accuracy": self.evaluate(self.step)})  # fmt: skip
+        bar = tqdm(range(self.step + 1, self.config.steps + 1), initial=self.step, total=self.config.steps,
+                   desc=self.out.name, unit="step", disable=self.step >= self.config.steps)  # fmt: skip
+        yield from bar
+
+    def sample(self, step: int) -> list[Group]:
+        """The groups of a step: its prompts, each answered G times by the policy."""
+        self.clock = [time.perf_counter()]
+        prompts = prompts_of_step(self.train_prompts, step, self.config)
+        seed = derived_seed(self.config.seed, "sample", step)
+        groups = self.policy.sample(prompts, self.config.group_size, self.config.max_new_tokens, self.config.temperature, seed)
+        self.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
+        self.clock.append(time.perf_counter())
+        return groups
+
+    def evaluate(self, step: int) -> float:
+        """Mean accuracy of `eval_samples` answers to each held-out prompt, sampled as in training."""
+        config, right = self.config, 0.0
+        chunks = range(0, len(self.held_out), config.prompts_per_step)
+        for first in tqdm(chunks, desc="evaluate", leave=False, delay=3):
+            prompts = [self.held_out[i] for i in range(first, min(first + config.prompts_per_step, len(self.held_out)))]
+            seed = derived_seed(config.seed, "evaluate", step, first)
+            groups = self.policy.sample(prompts, config.eval_samples, config.max_new_tokens, config.temperature, seed)
+            verifier.score(groups)
+            right += sum(completion.accuracy for group in groups for completion in group.completions)
+        return right / (len(self.held_out) * config.eval_samples)
+
+    def end_step(self, step: int, groups: list[Group], stats: dict, trained: list[Group] | None = None) -> None:
+        """Logs the step, evaluates and saves where it is due. `trained`: the groups after slot replacement, if any."""
+        self.clock.append(time.perf_counter())
+        generate, train = self.clock[1] - self.clock[0], self.clock[2] - self.clock[1]
+        completions = [c for group in groups for c in group.completions]
+        lengths = [len(c.token_ids) for c in completions]
+        metrics = {
+            "step": step,
+            "accuracy": statistics.fmean(c.accuracy for c in completions),
+            "reward": statistics.fmean(c.reward for c in completions),
+            "reward_std": statistics.fmean(statistics.stdev(c.reward for c in g.completions) for g in groups),
+            "entropy": -sum(sum(c.behavior_logprobs) for c in completions) / sum(lengths),
+            "completions/mean_length": statistics.fmean(lengths),
+            "completions/clipped_ratio": statistics.fmean(not c.finished for c in completions),
+            **stats,
+            "sampled_tokens": self.sampled_tokens,
+            "step_time": generate + train, "time/generate": generate, "time/train": train,
+        }  # fmt: skip
+        last = step == self.config.steps
+        if last or step % self.config.eval_every == 0:
+            metrics["eval/accuracy"] = self.evaluate(step)
+        self._write("metrics.jsonl", metrics)
+        self._write("samples.jsonl", transcript(step, groups, trained or groups))
+        tqdm.write(step_line(metrics, self.config))
+        if last or step % self.config.save_every == 0:
+            state = {"step": step, "sampled_tokens": self.sampled_tokens}
+            self.policy.save(checkpoint_path(self.out, step), state, self.optimizer)
+        self.step = step
+
+    def _write(self, name: str, line: dict) -> None:
+        with open(self.out / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _keep_until(self, step: int) -> None:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path, aside = self.out / name, self.out / f"{name}.tmp"
+            if path.is_file():
+                kept = [line for line in read_jsonl(path) if line["step"] <= step]
+                aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                aside.rename(path) if kept else (aside.unlink(), path.unlink())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening a directory, choosing the defaults, ending in one clear line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_directory(config, out: Path) -> None:
+    """Makes the directory, or checks that it holds a run of the same configuration (`steps` may have grown)."""
+    mine = json.loads(json.dumps(dataclasses.asdict(config)))
+    path = out / "config.json"
+    if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: holds files but no run; choose another directory")
+    if path.is_file():
+        theirs = json.loads(path.read_text())
+        differ = [k for k in mine if k not in ("fresh", "out") and theirs.get(k, mine[k]) != mine[k]]
+        if "steps" in differ and theirs["steps"] < mine["steps"]:
+            differ.remove("steps")
+        if differ or theirs.keys() != mine.keys():
+            there = ", ".join(f"{k} {theirs[k]} there and {mine[k]} here" for k in differ) or "another method"
+            raise UsageError(f"--out {out}: holds a run with another configuration ({there}); choose another --out, or "
+                             "start over with --fresh")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    aside = out / "config.json.tmp"
+    aside.write_text(json.dumps(mine, indent=2) + "\n")
+    aside.rename(path)
+
+
+def model_path(config) -> str:
+    return str(cards.BASE) if config.model == "cards" else config.model
+
+
+def load_config_prompts(config) -> tuple[PromptSet, PromptSet]:
+    return load_prompts(config.dataset, config.columns, config.train_split, config.eval_split, config.eval_prompts)
+
+
+def command_line(config_class, entry) -> None:
+    """Reads the flags, runs `entry(config)`; what the user can mend ends in one line and a non-zero exit."""
+    import tyro
+
+    config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__, config=(tyro.conf.FlagConversionOff,))
+    try:
+        config.check()
+        if config.fresh and (Path(config.out) / "config.json").is_file():
+            shutil.rmtree(config.out)
+        entry(config)
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not full and "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
+        raise SystemExit(f"error: no space left on the disk of --out {config.out}; nothing finished is lost: free some, "
+                         "then the same command resumes") from None  # fmt: skip
+
+
+def say(text: str) -> None:
+    tqdm.write(text)
+
+
+def step_line(metrics: dict, config) -> str:
+    parts = [f"step {metrics['step']:04d}/{config.steps:04d}", f"acc {metrics['accuracy']:.3f}",
+             f"live {1 - metrics['frac_reward_zero_std']:.0%}"]  # fmt: skip
+    if "npo/distance" in metrics:
+        used = round(metrics["npo/guide_frac"] * config.prompts_per_step)
+        parts.append(f"guide {used}/{config.prompts_per_step} D {metrics['npo/distance']:.0f}")
+    clipped = metrics.get("clip_ratio/low_mean", 0) + metrics.get("clip_ratio/high_mean", 0)
+    parts += [f"loss {metrics['loss']:.3f}", f"ratio {metrics['ratio']:.2f} clip {clipped:.1%}",
+              f"ent {metrics['entropy']:.2f}",
+              f"len {metrics['completions/mean_length']:.0f} cut {metrics['completions/clipped_ratio']:.0%}",
+              f"gn {metrics['grad_norm']:.2f}", f"gen {metrics['time/generate']:.1f}s train {metrics['time/train']:.1f}s"]  # fmt: skip
+    if "eval/accuracy" in metrics:
+        parts.append(f"eval {metrics['eval/accuracy']:.3f}")
+    return " | ".join(parts)
+
+
+def transcript(step: int, groups: list[Group], trained: list[Group]) -> dict:
+    """One group of the step, the first with a replaced slot if there is one: the last slot before and after."""
+    shown = next((i for i, (a, b) in enumerate(zip(groups, trained)) if a is not b), 0)
+    group, slot = groups[shown], groups[shown].completions[-1]
+    line = {
+        "step": step, "prompt_id": group.prompt.id, "gold": group.prompt.gold,
+        "question": "".join(part.get("text", "<image>") for part in group.prompt.messages[-1]["content"]),
+        "pass_rate": statistics.fmean(c.accuracy for c in group.completions),
+        "policy": slot.text, "reward": slot.reward,
+    }  # fmt: skip
+    if trained[shown] is not group:
+        guide = trained[shown].completions[-1]
+        line |= {"guide": guide.text, "source": guide.source}
+    return line
