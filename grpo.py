@@ -145,10 +145,10 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group]
             inputs, completions, gains = zip(*rows[first : first + config.micro_batch_size])
             tokens = [completion.token_ids for completion in completions]
             logprobs, mask = policy.logprobs(list(zip(inputs, tokens)), config.temperature)  # (B, T) of the micro-batch
-            behavior = torch.tensor([lp for c in completions for lp in c.behavior_logprobs], device=policy.device)
+            behavior = logprobs.new_tensor([lp for c in completions for lp in c.behavior_logprobs])
             old_logprobs = torch.zeros_like(logprobs).masked_scatter(mask, behavior)  # (B, T)
             loss, stats = clipped_policy_loss(
-                logprobs, old_logprobs, torch.tensor(gains, device=policy.device), mask,
+                logprobs, old_logprobs, logprobs.new_tensor(gains), mask,
                 config.clip_low, config.clip_high, num_sequences=rewards.numel(),
             )  # fmt: skip
             loss.backward()

@@ -83,7 +83,8 @@ class Policy:
         """Loads a hub id or a `save_pretrained` folder. `dtype` "auto" is bf16 on CUDA, fp32 elsewhere."""
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         on_gpu = self.device.type == "cuda"
-        self.dtype = {"auto": torch.bfloat16 if on_gpu else torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+        dtype = ("bf16" if on_gpu else "fp32") if dtype == "auto" else dtype
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[dtype]  # fp64: for tests
         self.tokenizer = load_tokenizer(path)
         try:
             self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # needs no torchvision
@@ -149,7 +150,7 @@ class Policy:
 
     def adjust(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
         """Log-probs (…, V) of the distribution that is sampled: at this temperature, without vision tokens."""
-        logits = logits.float() / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         never = torch.tensor(self.never_sampled, device=logits.device)
         return torch.log_softmax(logits.index_fill(-1, never, float("-inf")), dim=-1)
 
@@ -177,7 +178,8 @@ class Policy:
             checkpoint(self._project, h, t, temperature, use_reentrant=False)
             for h, t in zip(hidden.split(VOCABULARY_CHUNK), target.split(VOCABULARY_CHUNK))
         ]
-        return torch.zeros(mask.shape, device=self.device).masked_scatter(mask, torch.cat(parts)), mask
+        logprobs = torch.cat(parts)  # (N,)
+        return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask
 
     def _project(self, hidden, target, temperature):
         logprobs = self.adjust(self.model.get_output_embeddings()(hidden), temperature)  # (N, V)

@@ -80,6 +80,8 @@ class Run:
         self.step = checkpoint_state(source)["step"] if source else 0
         self.sampled_tokens = checkpoint_state(done[-1])["sampled_tokens"] if done else spent_tokens
         self._keep_until(self.step if done else -1)
+        if self.step >= config.steps:
+            return  # all done: no model needs loading
         self.train_prompts, self.held_out = load_config_prompts(config)
         self.policy = Policy(source or model_path(config), config.device, config.dtype, config.train_vision)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -117,7 +119,7 @@ class Run:
 
     def steps(self):
         """The steps still to do, with a progress bar; before the first one the start is evaluated."""
-        if self.step == self.start_step and not (self.out / "metrics.jsonl").is_file() and self.step < self.config.steps:
+        if self.step < self.config.steps and not (self.out / "metrics.jsonl").is_file():
             self._write("metrics.jsonl", {"step": self.step, "sampled_tokens": self.sampled_tokens,
                                           "eval/accuracy": self.evaluate(self.step)})  # fmt: skip
         bar = tqdm(range(self.step + 1, self.config.steps + 1), initial=self.step, total=self.config.steps,
@@ -226,7 +228,7 @@ def command_line(config_class, entry) -> None:
     """Reads the flags, runs `entry(config)`; what the user can mend ends in one line and a non-zero exit."""
     import tyro
 
-    config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__, config=(tyro.conf.FlagConversionOff,))
+    config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
     try:
         config.check()
         if config.fresh and (Path(config.out) / "config.json").is_file():
