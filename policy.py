@@ -20,8 +20,16 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+)
 
 from tasks import Prompt, UsageError
 
@@ -127,15 +135,17 @@ class Policy:
         """P groups of G completions. `seed` alone decides the outcome: the generator's state before does not matter."""
         torch.manual_seed(seed)
         inputs = [self.encode(prompt) for prompt in prompts]
-        batch = self._batch(inputs, [prompt.token_ids for prompt in inputs], pad_left=True)
+        ids, attention, positions, cache = self._read([one for one in inputs for _ in range(group_size)])
         recorder = BehaviorRecorder(self, temperature)
         settings = GenerationConfig(
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,  # a model's own would bias the ratio
-            num_return_sequences=group_size, max_new_tokens=max_new_tokens,
-            eos_token_id=self.eos_token_ids, pad_token_id=self.eos_token_ids[0],
+            max_new_tokens=max_new_tokens, eos_token_id=self.eos_token_ids, pad_token_id=self.eos_token_ids[0],
         )  # fmt: skip
-        sequences = self.model.generate(**batch, generation_config=settings, logits_processor=[recorder])
-        tokens = sequences[:, batch["input_ids"].shape[1] :]  # (B, T)
+        sequences = self.model.generate(
+            input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
+            generation_config=settings, logits_processor=[recorder],
+        )  # fmt: skip
+        tokens = sequences[:, ids.shape[1] :]  # (B, T)
         logprobs = recorder.finish(tokens).tolist()  # (B, T)
         groups = [Group(prompt, encoded, []) for prompt, encoded in zip(prompts, inputs)]
         for row, ids in enumerate(tokens.tolist()):
@@ -164,44 +174,59 @@ class Policy:
         Returns:
             log-probs (B, T), 0 beyond a row's length; mask (B, T), True on the completion's tokens.
         """
-        lengths = torch.tensor([len(completion) for _, completion in rows], device=self.device)
-        starts = torch.tensor([len(inputs.token_ids) for inputs, _ in rows], device=self.device)
-        batch = self._batch([inputs for inputs, _ in rows], [inputs.token_ids + tokens for inputs, tokens in rows])
-        hidden = self.model.base_model(**batch, use_cache=False).last_hidden_state  # (B, S, H)
-        steps = torch.arange(int(lengths.max()), device=self.device)
+        ids, attention, positions, cache = self._read([inputs for inputs, _ in rows])
+        completions = [torch.tensor(tokens, device=self.device) for _, tokens in rows]
+        targets = pad_sequence(completions, batch_first=True)  # (B, T); what stands in the padding is masked
+        lengths = torch.tensor([len(tokens) for _, tokens in rows], device=self.device)
+        steps = torch.arange(targets.shape[1], device=self.device)
         mask = steps < lengths[:, None]  # (B, T)
-        row, step = mask.nonzero(as_tuple=True)  # the N real completion tokens
-        position = starts[row] + step
-        target = batch["input_ids"][row, position]
-        hidden = hidden[row, position - 1]  # (N, H): position s - 1 predicts token s
+        hidden = self.model.base_model(
+            input_ids=torch.cat([ids[:, -1:], targets[:, :-1]], dim=1),  # token t is predicted by the one before it
+            attention_mask=torch.cat([attention, mask[:, :-1].to(attention.dtype)], dim=1),
+            position_ids=positions[:, :, -1:] + steps,
+            past_key_values=cache,
+        ).last_hidden_state  # (B, T, H)
         parts = [
             checkpoint(self._project, h, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(VOCABULARY_CHUNK), target.split(VOCABULARY_CHUNK))
+            for h, t in zip(hidden[mask].split(VOCABULARY_CHUNK), targets[mask].split(VOCABULARY_CHUNK))
         ]
-        logprobs = torch.cat(parts)  # (N,)
+        logprobs = torch.cat(parts)  # (N,), of the N real tokens
         return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask
 
     def _project(self, hidden, target, temperature):
         logprobs = self.adjust(self.model.get_output_embeddings()(hidden), temperature)  # (N, V)
         return logprobs.gather(-1, target[:, None])[:, 0]
 
-    def _batch(self, inputs: list[Inputs], sequences: list[list[int]], pad_left: bool = False) -> dict[str, torch.Tensor]:
-        width = max(map(len, sequences))
-        ids, attention = [], []
-        for sequence in sequences:
-            padding = [0] * (width - len(sequence))  # any id that is not an image's: attention hides it
-            ids.append(padding + sequence if pad_left else sequence + padding)
-            attention.append(padding + [1] * len(sequence) if pad_left else [1] * len(sequence) + padding)
-        ids = torch.tensor(ids, device=self.device)
-        batch = {
-            "input_ids": ids,
-            "attention_mask": torch.tensor(attention, device=self.device),
-            "mm_token_type_ids": (ids == self.image_token_id).int(),
-        }
-        if pictures := [one for one in inputs if one.pixel_values is not None]:
-            batch["pixel_values"] = torch.cat([one.pixel_values for one in pictures]).to(self.device, self.dtype)
-            batch["image_grid_thw"] = torch.cat([one.image_grid_thw for one in pictures]).to(self.device)
-        return batch
+    def _read(self, rows: list[Inputs]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DynamicCache]:
+        """Runs each distinct prompt once, all but its last token, and copies its keys and values to all of its rows.
+
+        A group's prompt with its images is thus computed once, not G times, in sampling as in training, where the
+        gradient flows back through the copies (as in Prefix Grouper, arXiv 2506.05433).
+
+        Returns:
+            of the B rows, padded on the left: token ids (B, S), attention mask (B, S), positions (3, B, S), cache (S - 1).
+        """
+        distinct = {id(inputs): inputs for inputs in rows}
+        prompts, order = list(distinct.values()), list(distinct)
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        padding = [width - len(prompt.token_ids) for prompt in prompts]
+        # any id but an image's will do as padding: attention hides it
+        ids = torch.tensor([[0] * pad + prompt.token_ids for pad, prompt in zip(padding, prompts)], device=self.device)
+        attention = (torch.arange(width, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]).long()
+        images = {}
+        if pictured := [prompt for prompt in prompts if prompt.pixel_values is not None]:
+            images["pixel_values"] = torch.cat([prompt.pixel_values for prompt in pictured]).to(self.device, self.dtype)
+            images["image_grid_thw"] = torch.cat([prompt.image_grid_thw for prompt in pictured]).to(self.device)
+        types = (ids == self.image_token_id).int()
+        positions, _ = self.model.base_model.get_rope_index(ids, types, images.get("image_grid_thw"), attention_mask=attention)
+        cache = DynamicCache(config=self.model.config)
+        self.model.base_model(
+            input_ids=ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions[:, :, :-1],
+            mm_token_type_ids=types[:, :-1], past_key_values=cache, **images,
+        )  # fmt: skip
+        copies = torch.tensor([order.index(id(inputs)) for inputs in rows], device=self.device)  # (B,)
+        cache.batch_select_indices(copies)
+        return ids[copies], attention[copies], positions[:, copies], cache
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 

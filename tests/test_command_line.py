@@ -1,0 +1,187 @@
+"""What a user meets: one command, one run directory, resume after a kill, and one clear line for each mistake."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+
+import cards
+from policy import Policy
+from run import read_jsonl
+
+GRPO = ["grpo.py", *SMALL, "--prompts-per-step", "8", "--group-size", "8", "--lr", "1e-3", "--steps", "6"]
+NPO = ["npo.py", *GRPO[1:], "--scout-steps", "4", "--guide-samples", "2"]
+
+
+def contents(out: Path) -> dict:
+    """What must be the same whenever the same command ran to its end: weights, metrics but for times, samples, caches."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        if path.name in ("model.safetensors", "guide.jsonl", "samples.jsonl"):
+            found[str(path.relative_to(out))] = path.read_bytes().replace(str(out).encode(), b"OUT")
+        if path.name == "metrics.jsonl":
+            lines = [{k: v for k, v in line.items() if not k.startswith(("time/", "step_time"))} for line in read_jsonl(path)]
+            found[str(path.relative_to(out))] = lines
+    return found
+
+
+def test_grpo_stopped_and_resumed_is_grpo_in_one_piece(command, tmp_path):
+    """4 steps == 2 + resume + 2, bit for bit; and the flags that were used stand in config.json."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command(*GRPO, "--steps", 4, "--out", whole)
+    command(*GRPO, "--steps", 2, "--out", parts)
+    done = command(*GRPO, "--steps", 4, "--out", parts)
+    assert "resumed at step 2" in done.stdout
+    assert contents(whole) == contents(parts)
+    assert [line["step"] for line in read_jsonl(parts / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    moved = (whole / "checkpoints/step_000004/model.safetensors").read_bytes()
+    assert moved != (cards.BASE / "model.safetensors").read_bytes()
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["lr"], config["prompts_per_step"], config["clip_high"]) == (1e-3, 8, 0.28)
+    again = command(*GRPO, "--steps", 4, "--out", parts)  # all done: says so, changes nothing
+    assert "held-out accuracy" in again.stdout and contents(whole) == contents(parts)
+
+
+def killed_when(words: list, condition, out: Path) -> None:
+    """Starts the command and sends SIGKILL as soon as `condition()` holds."""
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended before it was killed: {process.stderr.read().decode()[-2000:]}"
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_three_times_and_resumed_is_the_same_run(command, tmp_path):
+    """SIGKILL in the scout's checkpoint write, while the guide cache grows, and in the guided run; then to the end."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command(*NPO, "--out", whole)
+    words = [*NPO, "--out", killed]
+    killed_when(words, lambda: (killed / "scout/checkpoints/step_000002.tmp").exists(), killed)
+    assert not (killed / "scout/checkpoints/step_000002").exists()
+    killed_when(words, lambda: len(read_jsonl(killed / "guide.jsonl.partial")) > 8, killed)
+    killed_when(words, lambda: len(read_jsonl(killed / "metrics.jsonl")) > 4, killed)
+    command(*words)
+    assert contents(killed) == contents(whole)
+    assert json.loads((killed / "summary.json").read_text())["sampled_tokens"] > 0
+    assert (killed / "curves.png").stat().st_size > 10_000
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    out = tmp_path / "run"
+    words = [sys.executable, *map(str, [*GRPO, "--steps", 50, "--out", out])]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(read_jsonl(out / "metrics.jsonl")) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate()[0]
+    assert process.returncode == 130 and "the same command resumes from" in text and "Traceback" not in text
+
+
+def one_line_error(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr[-2000:]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["grpo.py", "--group-size", "1"], "--group-size 1"),
+        (["npo.py", "--gate", "1.5"], "--gate 1.5"),
+        (["npo.py", "--model", "no/such-model", "--dataset", "cards"], "model no/such-model"),
+        (["npo.py", "--dataset", "no/such-data"], "--dataset no/such-data"),
+        (["npo.py", "--guide", "nowhere/guide.jsonl"], "--guide nowhere/guide.jsonl"),
+        (["npo.py", "--guide", "nowhere"], "model nowhere"),
+    ],
+)
+def test_bad_flags_end_in_one_line(command, tmp_path, words, message):
+    assert message in one_line_error(command(*words, "--steps", 2, "--out", tmp_path / "run", check=False))
+
+
+def test_a_directory_with_another_run_or_with_other_files(command, tmp_path):
+    out = tmp_path / "run"
+    command(*GRPO, "--steps", 1, "--out", out)
+    message = one_line_error(command(*GRPO, "--steps", 1, "--out", out, "--lr", "5e-4", check=False))
+    assert "lr 0.001 there and 0.0005 here" in message and "--fresh" in message
+    one_line_error(command(*NPO, "--out", out, check=False))  # the other method's
+    command(*GRPO, "--steps", 1, "--out", out, "--lr", "5e-4", "--fresh")
+    assert json.loads((out / "config.json").read_text())["lr"] == 5e-4
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.png").write_text("precious")
+    for fresh in ([], ["--fresh"]):
+        message = one_line_error(command(*GRPO, "--out", tmp_path / "photos", *fresh, check=False))
+        assert "holds files but no run" in message
+    assert (tmp_path / "photos" / "one.png").read_text() == "precious"
+
+
+def test_a_run_that_diverges_keeps_its_last_checkpoint(command, tmp_path):
+    """Weights blown up by a huge learning rate: stop, say the step, keep what was saved."""
+    out = tmp_path / "run"
+    command(*GRPO, "--steps", 2, "--out", out)
+    saved = (out / "checkpoints/step_000002/model.safetensors").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(out, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"lr": 1e30}))
+    message = one_line_error(command(*GRPO, "--steps", 60, "--lr", "1e30", "--out", other, check=False))
+    assert "step " in message and "nan" in message and "checkpoints/step_" in message
+    assert (other / "checkpoints/step_000002/model.safetensors").read_bytes() == saved
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk(command, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        words = [*GRPO, "--steps", 6, "--save-every", 1, "--out", disk / "run"]
+        message = one_line_error(command(*words, check=False))
+        assert "no space left" in message
+        done = sorted((disk / "run/checkpoints").glob("step_??????"))
+        assert done
+        Policy(done[-1], device="cpu")  # whole
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        command(*words)  # with room again the same command goes on
+        assert [line["step"] for line in read_jsonl(disk / "run/metrics.jsonl")] == list(range(7))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_help_explains_every_flag(command):
+    text = command("npo.py", "--help", env=os.environ | {"COLUMNS": "200"}).stdout
+    for words in ("--gate", "tau", "--scout-steps", "not specified by the paper", "--no-is-correction"):
+        assert words in text
+    assert "Near-Future Policy Optimization" in text
+
+
+def test_a_local_data_set_and_model(command, tmp_path):
+    """A checkpoint folder and a data file, as with any model and data of the hub."""
+    import datasets
+
+    hands = cards.hands("train")[:12]
+    features = datasets.Features(
+        {"images": datasets.List(datasets.Image()), "problem": datasets.Value("string"), "answer": datasets.Value("string")}
+    )
+    rows = {"images": [[cards.draw(h)] for h in hands], "problem": ["<image>" + cards.question(h) for h in hands],
+            "answer": [str(h.total) for h in hands]}  # fmt: skip
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "hands.parquet")
+    Policy(cards.BASE, device="cpu").save(tmp_path / "model", {"step": 0, "sampled_tokens": 0})
+    out = tmp_path / "run"
+    command("npo.py", *SMALL, "--model", tmp_path / "model", "--dataset", tmp_path / "hands.parquet", "--steps", "2",
+            "--scout-steps", "1", "--guide-samples", "2", "--out", out)  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert config["lr"] == 1e-6 and json.loads((out / "summary.json").read_text())["steps"] == 2
