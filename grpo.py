@@ -22,8 +22,8 @@ from typing import Literal
 
 import torch
 
-import verifier
 import report
+import verifier
 from policy import Group, Policy
 from run import Run, command_line
 from tasks import UsageError

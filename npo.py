@@ -100,7 +100,9 @@ def replace_slot(group: Group, guide: Completion | None, gate: float = 0.6) -> G
     return dataclasses.replace(group, completions=[*group.completions[:-1], guide])
 
 
-def train(config: NPOConfig, out: Path, cache: dict[str, Completion], until: int, start: Path | None, spent_tokens: int) -> None:
+def train(
+    config: NPOConfig, out: Path, cache: dict[str, Completion], until: int, start: Path | None, spent_tokens: int
+) -> None:
     with Run(config, out, start, spent_tokens) as run:
         for step in run.steps():
             groups = run.sample(step)  # P groups of G completions
@@ -164,11 +166,18 @@ def build_cache(config: NPOConfig, guide: str | Path, first_step: int, until: in
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     policy = Policy(guide, config.device, config.dtype)
-    bar = tqdm(total=len(prompts), initial=len(lines) - 1, desc=f"guide@{state['step']} answers {config.guide_samples} times", unit="prompt")
+    bar = tqdm(
+        total=len(prompts),
+        initial=len(lines) - 1,
+        desc=f"guide@{state['step']} answers {config.guide_samples} times",
+        unit="prompt",
+    )
     with open(partial, "a") as file, bar:
         for first in range(len(lines) - 1, len(prompts), size):
             seed = derived_seed(config.seed, "guide", first)
-            groups = policy.sample(prompts[first : first + size], config.guide_samples, config.max_new_tokens, config.temperature, seed)
+            groups = policy.sample(
+                prompts[first : first + size], config.guide_samples, config.max_new_tokens, config.temperature, seed
+            )
             verifier.score(groups)
             file.writelines(json.dumps(cache_line(group, state["step"])) + "\n" for group in groups)
             file.flush()

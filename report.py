@@ -52,7 +52,9 @@ def npo(out: Path) -> None:
         alone, guided = first_reach(evaluations(scout), goal, key), first_reach(evaluations(out), goal, key)
         summary[f"to_goal/{key}"] = {"without_guide": alone, "with_guide": guided, "speed_up": guided and alone / guided}
     write(out, summary, {"scout (no guide)": scout, "NPO": out})
-    say(f"\nThe scout went from {before['eval/accuracy_start']:.3f} to {goal:.3f} held-out accuracy in {before['steps']} steps.")
+    say(
+        f"\nThe scout went from {before['eval/accuracy_start']:.3f} to {goal:.3f} held-out accuracy in {before['steps']} steps."
+    )
     steps, tokens = summary["to_goal/step"], summary["to_goal/sampled_tokens"]
     if steps["with_guide"] is None:
         say(f"NPO did not reach {goal:.3f} within {summary['steps']} steps.")

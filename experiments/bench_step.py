@@ -1,7 +1,8 @@
 """Two ratios, each measured in turns in one run, on one thread:
 
 1. One GRPO step of ours (sample, reward, update) against one of TRL's GRPOTrainer: the same tiny Qwen3-VL, the same text
-   prompts, 8 prompts x 8 slots x 16 tokens, every group with signal, AdamW, TRL's gradient checkpointing off.
+   prompts (the cards written out: TRL's Qwen3-VL processor needs torchvision), 8 prompts x 8 slots x 16 tokens, every group
+   with signal, AdamW, TRL's gradient checkpointing off.
 2. One NPO step with a guide in every group against a GRPO step on the same batch, 16 prompts x 8 slots of the cards world.
 
     pip install -r requirements.txt -r requirements-trl.txt
@@ -28,7 +29,7 @@ ROUNDS, STEPS = 7, 6  # medians over all rounds; in each, STEPS steps of the one
 
 
 def text_prompts() -> list[Prompt]:
-    asked = [cards.question(hand) for hand in cards.hands("train")[:8]]
+    asked = [f"{cards.question(hand)[:-1]} {' '.join(map(str, hand.digits))}." for hand in cards.hands("train")[:8]]
     return [Prompt(text, [{"role": "user", "content": [{"type": "text", "text": text}]}], [], "0") for text in asked]
 
 

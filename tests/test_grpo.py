@@ -232,5 +232,3 @@ def test_reward_edit_reaches_the_loss(monkeypatch):
     group.completions[0].text, group.completions[1].text = r"\boxed{0}", r"\boxed{1}"
     verifier.score([group])
     assert [c.reward for c in group.completions] == [3.0, -2.0]
-
-

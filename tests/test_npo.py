@@ -267,7 +267,9 @@ def test_a_guide_with_another_tokenizer(early, tmp_path, fresh):
 @pytest.mark.parametrize("intervention", ["late", "early+late"])
 def test_late_rolls_back_weights_and_optimizer(tmp_path, monkeypatch, intervention):
     monkeypatch.setattr("verifier.is_correct", lucky)
-    config = NPOConfig(intervention=intervention, plateau_start=2, plateau_end=4, steps=5, lr=1e-3, out=str(tmp_path / "run"), **TINY)
+    config = NPOConfig(
+        intervention=intervention, plateau_start=2, plateau_end=4, steps=5, lr=1e-3, out=str(tmp_path / "run"), **TINY
+    )
     npo.main(config)
     scout, out = tmp_path / "run" / "scout", tmp_path / "run"
     assert (scout / "scout").is_dir() is (intervention == "early+late")

@@ -84,7 +84,9 @@ def test_eos_counts_and_pad_and_prompt_do_not(fresh):
     fresh.tokenizer.pad_token = fresh.tokenizer.eos_token
     groups = fresh.sample(MIXED, 4, 40, 1.0, seed=5)
     rows, _ = behavior(groups)
-    assert all(tokens[-1] in fresh.eos_token_ids for _, tokens in rows) and all(c.finished for g in groups for c in g.completions)
+    assert all(tokens[-1] in fresh.eos_token_ids for _, tokens in rows) and all(
+        c.finished for g in groups for c in g.completions
+    )
     with torch.no_grad():
         logprobs, mask = fresh.logprobs(rows, 1.0)
     for (_, tokens), row, real in zip(rows, logprobs, mask):

@@ -15,7 +15,13 @@ def geometry(tmp_path_factory):
     red, blue = Image.new("RGB", (40, 36), "red"), Image.new("RGBA", (64, 64), "blue")
     rows = {
         "images": [[red], [red, blue], [], [blue], [red]],
-        "problem": ["<image>Find x.", "From <image> and <image>, find y.", "What is 2 + 3?", "No mark: find z.", "<image> Last."],
+        "problem": [
+            "<image>Find x.",
+            "From <image> and <image>, find y.",
+            "What is 2 + 3?",
+            "No mark: find z.",
+            "<image> Last.",
+        ],
         "answer": ["3", "4", "5", "6", "7"],
     }
     features = datasets.Features(

@@ -124,7 +124,9 @@ def test_the_worker_is_replaced_after_a_timeout():
 
 def test_any_thread():
     verdicts = []
-    threads = [threading.Thread(target=lambda n=n: verdicts.append((n, is_correct(rf"\boxed{{{2 * n}/2}}", str(n))))) for n in range(4)]
+    threads = [
+        threading.Thread(target=lambda n=n: verdicts.append((n, is_correct(rf"\boxed{{{2 * n}/2}}", str(n))))) for n in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
