@@ -229,6 +229,9 @@ def intervene(config: NPOConfig, out: Path) -> None:
         cache_path = Path(guide)
         if not cache_path.is_file():
             raise UsageError(f"--guide {guide}: no such file")
+        if config.intervention != "early":
+            raise UsageError(f"--guide {guide}: --intervention {config.intervention} goes back to a checkpoint of the guide's "
+                             "own run; give the guide's checkpoint folder")  # fmt: skip
     elif not guide:
         go_ahead(config, out / "scout")
         guide = checkpoint_path(out / "scout", config.scout_steps if config.intervention == "early" else config.plateau_end)

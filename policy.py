@@ -2,7 +2,7 @@
 
 Shapes: P prompts a step, G slots a group, B = P*G sequences, T completion length, V vocabulary.
 
-The policy is any image-text-to-text model of transformers (made for Qwen3-VL). Three rules keep its two forward passes, the
+The policy is a Qwen3-VL of transformers, of any size. Three rules keep its two forward passes, the
 sampler's and the trainer's, one and the same distribution:
 - prompts are encoded once, by `encode`, and travel with their group;
 - logits are divided by the temperature, and vision tokens (a sampled `<|image_pad|>` would break the training forward)
@@ -101,15 +101,15 @@ class Policy:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"model {path}: cannot be loaded ({reason}); give a hub id or a save_pretrained folder of an "
                              "image-text-to-text model with its image processor") from error  # fmt: skip
-        self.model.eval()  # no dropout: sampler and trainer must be the same function
         config = self.model.config
+        if not hasattr(self.model.base_model, "get_rope_index"):
+            raise UsageError(f"model {path}: {type(self.model).__name__} has no multimodal rotary positions; take a Qwen3-VL")
+        self.model.eval()  # no dropout: sampler and trainer must be the same function
         self.image_token_id = config.image_token_id
         self.never_sampled = [getattr(config, name) for name in VISION_TOKENS if getattr(config, name, None) is not None]
         stop = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         self.eos_token_ids = stop if isinstance(stop, list) else [stop]
-        if not train_vision:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(".visual." not in f".{name}")
+        self.model.base_model.visual.requires_grad_(train_vision)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -105,8 +105,8 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is FloatingPointError:
             kept = self._newest_checkpoint()
-            raise UsageError(f"step {self.step + 1}: {error}; stopped before the update. The last checkpoint is "
-                             f"{kept}; a lower --lr or --max-grad-norm may help") from error  # fmt: skip
+            raise UsageError(f"step {self.step + 1}: {error}; stopped. The last checkpoint is {kept}; a lower --lr or "
+                             "--max-grad-norm may help") from error  # fmt: skip
         if kind is KeyboardInterrupt:
             kept = self._newest_checkpoint()
             say(f"\ninterrupted in step {self.step + 1}; the same command resumes from {kept}")
@@ -198,11 +198,10 @@ class Run:
 def open_directory(config, out: Path) -> None:
     """Makes the directory, or checks that it holds a run of the same configuration (`steps` may have grown)."""
     mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    path = out / "config.json"
-    if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
+    theirs = stored_config(out)
+    if theirs is None and out.exists() and (not out.is_dir() or any(p.name != "config.json.tmp" for p in out.iterdir())):
         raise UsageError(f"--out {out}: holds files but no run; choose another directory")
-    if path.is_file():
-        theirs = json.loads(path.read_text())
+    if theirs is not None:
         differ = [k for k in mine if k not in ("fresh", "out") and theirs.get(k, mine[k]) != mine[k]]
         if "steps" in differ and theirs["steps"] < mine["steps"]:
             differ.remove("steps")
@@ -213,7 +212,14 @@ def open_directory(config, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     aside = out / "config.json.tmp"
     aside.write_text(json.dumps(mine, indent=2) + "\n")
-    aside.rename(path)
+    aside.rename(out / "config.json")
+
+
+def stored_config(out: Path) -> dict | None:
+    """The configuration of the run in a directory; None where there is none (a model's config.json is not one)."""
+    path = Path(out) / "config.json"
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    return stored if "prompts_per_step" in stored else None
 
 
 def model_path(config) -> str:
@@ -231,10 +237,10 @@ def command_line(config_class, entry) -> None:
     config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
     try:
         config.check()
-        if config.fresh and (Path(config.out) / "config.json").is_file():
+        if config.fresh and stored_config(config.out) is not None:
             shutil.rmtree(config.out)
         entry(config)
-    except UsageError as error:
+    except (UsageError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

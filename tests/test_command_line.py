@@ -125,6 +125,10 @@ def test_a_directory_with_another_run_or_with_other_files(command, tmp_path):
         message = one_line_error(command(*GRPO, "--out", tmp_path / "photos", *fresh, check=False))
         assert "holds files but no run" in message
     assert (tmp_path / "photos" / "one.png").read_text() == "precious"
+    model = tmp_path / "model"  # it has a config.json, but not a run's
+    shutil.copytree(cards.BASE, model)
+    assert "holds files but no run" in one_line_error(command(*GRPO, "--out", model, "--fresh", check=False))
+    assert (model / "model.safetensors").exists()
 
 
 def test_a_run_that_diverges_keeps_its_last_checkpoint(command, tmp_path):
