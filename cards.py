@@ -1,6 +1,6 @@
 """The embedded world: add a row of digit cards that you see in a picture.
 
-A *hand* is a start value and 5 to 7 digit cards. The prompt shows the cards as one image and asks, "Start at 27 and add
+A *hand* is a start value and 6 to 8 digit cards. The prompt shows the cards as one image and asks, "Start at 27 and add
 the cards." A solution repeats the start, names each card with the running total, and boxes the last total:
 
     27 +8= 35 +5= 40 \\boxed{40}
@@ -10,8 +10,8 @@ thing: whenever adding a card carries into the next digit, they mostly *forget t
 wrong total. So right answers are rare, rarer with every carry, and what reinforcement learning finds on one
 prompt helps on all others. `CARRY_RATE` is the sparsity of that signal.
 
-    python cards.py build-base          # rebuilds assets/base (about 6 minutes on two cores)
-    python cards.py show                # three prompts with a demonstration each, and cards.png
+    OMP_NUM_THREADS=1 python cards.py build-base    # rebuilds assets/base, 7 minutes
+    python cards.py show                            # three prompts with a demonstration each, and cards.png
 """
 
 import random
@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 ASSETS = Path(__file__).parent / "assets"
 BASE = ASSETS / "base"
-CARRY_RATE = 0.14  # chosen once, so that the base solves about 1 % of the prompts
+CARRY_RATE = 0.2  # chosen once, so that the base solves about 1 % of the prompts
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 2048, 256
-MAX_START, MIN_CARDS, MAX_CARDS = 59, 5, 7
+MAX_START, MIN_CARDS, MAX_CARDS = 59, 6, 8
 CARD_PX = 32  # = patch 16 x merge 2: each card becomes exactly one visual token
 INKS = ("#1b1b1b", "#b3202c", "#1d4e9e", "#1f6f3d")
 
@@ -155,7 +155,7 @@ def tiny_config(tokenizer, hidden: int = 96):
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
 
 
-def build_base(out: Path = BASE, seed: int = 0, steps: int = 1200, batch: int = 128, carry_rate: float = CARRY_RATE) -> None:
+def build_base(out: Path = BASE, seed: int = 0, steps: int = 1000, batch: int = 128, carry_rate: float = CARRY_RATE) -> None:
     """Trains the tiny base on demonstrations of 2 to 8 cards and all heights (AdamW 2e-3, linear decay).
 
     Args:
@@ -163,7 +163,7 @@ def build_base(out: Path = BASE, seed: int = 0, steps: int = 1200, batch: int = 
         seed: Of the initial weights and the demonstrations.
         steps: Training steps.
         batch: Demonstrations a step.
-        carry_rate: How often a demonstration remembers a carry, from the 60th per cent of the steps on.
+        carry_rate: How often a demonstration remembers a carry.
     """
     import torch
     from tqdm import trange
@@ -185,9 +185,7 @@ def build_base(out: Path = BASE, seed: int = 0, steps: int = 1200, batch: int = 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 20) * (1 - s / steps))
     bar = trange(steps, desc=f"building {out.name} ({sum(p.numel() for p in model.parameters()):,} parameters)")
-    for step in bar:
-        # half of the carries at first, then fewer and fewer: like a pretrained model the base can add, but has a bad habit
-        remembered = max(carry_rate, 0.5 + (carry_rate - 0.5) * step / (0.6 * steps))
+    for _ in bar:
         dealt = []
         while len(dealt) < batch:
             # starts up to 109: who forgets the carry never climbs, and the base must know every height that RL will reach
@@ -196,7 +194,7 @@ def build_base(out: Path = BASE, seed: int = 0, steps: int = 1200, batch: int = 
         prompts = [tokenizer.apply_chat_template(messages(h), tokenize=False, add_generation_prompt=True) for h in dealt]
         prompts = [p.replace("<|image_pad|>", "<|image_pad|>" * len(h.digits)) for p, h in zip(prompts, dealt)]
         prompts = [tokenizer(p).input_ids for p in prompts]
-        answers = [tokenizer(demonstrate(h, rng, remembered)).input_ids + [tokenizer.eos_token_id] for h in dealt]
+        answers = [tokenizer(demonstrate(h, rng, carry_rate)).input_ids + [tokenizer.eos_token_id] for h in dealt]
         width = max(len(p) + len(a) for p, a in zip(prompts, answers))
         ids = torch.full((batch, width), tokenizer.pad_token_id)
         labels = torch.full((batch, width), -100)

@@ -11,7 +11,7 @@ Kept from the paper: the group baseline, token-level ratios, the mean per sequen
 authors' settings: no KL term (the reward is verified, there is no reward model to drift away from), the clip range 0.2 / 0.28.
 
     python grpo.py                                          # the embedded cards world, on a laptop
-    python grpo.py --model Qwen/Qwen3-VL-2B-Instruct --dataset hiyouga/geometry3k
+    python grpo.py --model Qwen/Qwen3-VL-2B-Instruct --dataset hiyouga/geometry3k --out runs/geometry
 
 Letters: P prompts a step, G slots a group, B = P*G sequences, T completion length.
 """
@@ -40,7 +40,7 @@ class GRPOConfig:
     eval_prompts: int = 256  # held-out prompts of an evaluation
     eval_samples: int = 0  # answers to each of them, sampled as in training [4 for cards, else 1]
     out: str = "runs/grpo"  # run directory; the same command resumes it
-    fresh: bool = False  # delete the run in --out and start over
+    fresh: bool = False  # start over; the run in --out is moved to OUT.old
     # How long
     steps: int = 80  # training steps
     seed: int = 0  # decides prompts, sampling and evaluation
@@ -58,7 +58,7 @@ class GRPOConfig:
     clip_low: float = 0.2  # the ratio's clip range is 1 - clip_low ...
     clip_high: float = 0.28  # ... to 1 + clip_high
     updates_per_batch: int = 1  # optimizer steps on each batch (GRPO's mu)
-    micro_batch_size: int = 32  # sequences in one forward and backward; memory only, never results
+    micro_batch_size: int = 0  # sequences in one forward and backward; memory only, never results [32 for cards, else 4]
     train_vision: bool = False  # train the vision tower too; not specified by the paper
     device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda where there is one]
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of weights and gradients [bf16 on cuda, else fp32]
@@ -68,6 +68,7 @@ class GRPOConfig:
         on_cards = self.dataset == "cards"
         self.eval_samples = self.eval_samples or (4 if on_cards else 1)
         self.max_new_tokens = self.max_new_tokens or (64 if on_cards else 4096)
+        self.micro_batch_size = self.micro_batch_size or (32 if on_cards else 4)
         self.lr = self.lr or (1e-4 if on_cards else 1e-6)
 
     def check(self) -> None:
@@ -79,6 +80,8 @@ class GRPOConfig:
         for name in counts:
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if not self.weight_decay >= 0:
+            raise UsageError(f"--weight-decay {self.weight_decay}: must not be negative")
         if not 0 <= self.clip_low < 1 or self.clip_high < 0:
             raise UsageError(f"--clip-low {self.clip_low} --clip-high {self.clip_high}: take 0 <= low < 1 and high >= 0")
 

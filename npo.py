@@ -20,9 +20,9 @@ Interventions, both the same act of going ahead, going back, and replaying guide
     early+late   late, where the run that plateaus was itself started by early
 
     python npo.py                                           # the embedded cards world, on a laptop
-    python npo.py --intervention late
-    python npo.py --guide runs/grpo/checkpoints/step_000040 # any checkpoint with the same tokenizer, or a guide.jsonl
-    python npo.py --model Qwen/Qwen3-VL-8B-Instruct         # one big GPU
+    python npo.py --intervention late --out runs/late
+    python npo.py --guide runs/grpo/checkpoints/step_000040 --out runs/guided    # or any guide.jsonl
+    python npo.py --model Qwen/Qwen3-VL-8B-Instruct --out runs/8b
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ from run import (
     load_config_prompts,
     model_path,
     open_directory,
-    prompts_of_step,
     read_jsonl,
+    rows_of_step,
     say,
 )
 from tasks import UsageError
@@ -62,9 +62,9 @@ class NPOConfig(GRPOConfig):
     steps: int = 0  # training steps [80; with a late intervention --plateau-end]
     # Near-future guidance
     intervention: Literal["early", "late", "early+late"] = "early"  # where the policy goes ahead and comes back to
-    scout_steps: int = 40  # early: steps the scout goes ahead; not specified by the paper
-    plateau_start: int = 80  # late: step to roll back to, a multiple of --save-every; not specified by the paper
-    plateau_end: int = 160  # late: step up to which the scout goes ahead; not specified by the paper
+    scout_steps: int = 30  # early: steps the scout goes ahead; not specified by the paper
+    plateau_start: int = 120  # late: step to roll back to, a multiple of --save-every; not specified by the paper
+    plateau_end: int = 240  # late: step up to which the scout goes ahead; not specified by the paper
     guide: str = ""  # learn from this checkpoint folder or guide.jsonl instead of from a scout
     guide_samples: int = 8  # the guide's answers to a prompt, of which one correct is kept; not specified by the paper
     guided_until: int = 0  # last guided step [the guide's own: beyond it, it is no future]
@@ -79,9 +79,9 @@ class NPOConfig(GRPOConfig):
         super().check()
         if not 0 <= self.gate <= 1:
             raise UsageError(f"--gate {self.gate}: it is compared with a pass-rate, so it lies between 0 and 1")
-        for name in ("scout_steps", "guide_samples"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name, least in (("scout_steps", 1), ("guide_samples", 1), ("guided_until", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
         start, end = self.plateau_start, self.plateau_end
         if self.intervention != "early" and not (0 < start < min(end, self.steps) and start % self.save_every == 0):
             raise UsageError(f"--plateau-start {start}: must be a multiple of --save-every {self.save_every}, and lie before "
@@ -149,13 +149,18 @@ def build_cache(config: NPOConfig, guide: str | Path, first_step: int, until: in
     Of its answers to a prompt the first that is correct and finished is kept. A prompt without one has a line too, with
     its pass-rate but no completion: the file is also a measurement of the guide's quality.
     """
+    if until < first_step:
+        raise UsageError(f"the guide has no step to help with: guided from step {first_step} until step {until}; take a later "
+                         "guide, or a larger --guided-until")  # fmt: skip
     prompt_set, _ = load_config_prompts(config)
-    asked = {p.id: p for step in range(first_step, until + 1) for p in prompts_of_step(prompt_set, step, config)}
-    prompts, state = list(asked.values()), checkpoint_state(guide)
+    steps = range(first_step, until + 1)
+    rows = list(dict.fromkeys(row for step in steps for row in rows_of_step(len(prompt_set), step, config)))
+    state = checkpoint_state(guide)
     header = {
         "guide": str(guide), "guide_step": state["step"], "guide_sampled_tokens": state["sampled_tokens"],
+        "first_step": first_step, "until": until,
         "dataset": prompt_set.fingerprint, "tokenizer": tokenizer_fingerprint(load_tokenizer(model_path(config))),
-        "prompts": len(prompts), "samples": config.guide_samples, "temperature": config.temperature,
+        "prompts": len(rows), "samples": config.guide_samples, "temperature": config.temperature,
     }  # fmt: skip
     if (theirs := tokenizer_fingerprint(load_tokenizer(guide))) != header["tokenizer"]:
         raise UsageError(f"--guide {guide}: its tokenizer ({theirs}) is not that of the policy {config.model} "
@@ -166,18 +171,12 @@ def build_cache(config: NPOConfig, guide: str | Path, first_step: int, until: in
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
     policy = Policy(guide, config.device, config.dtype)
-    bar = tqdm(
-        total=len(prompts),
-        initial=len(lines) - 1,
-        desc=f"guide@{state['step']} answers {config.guide_samples} times",
-        unit="prompt",
-    )
-    with open(partial, "a") as file, bar:
-        for first in range(len(lines) - 1, len(prompts), size):
+    name = f"guide@{state['step']} answers {config.guide_samples} times"
+    with open(partial, "a") as file, tqdm(total=len(rows), initial=len(lines) - 1, desc=name, unit="prompt") as bar:
+        for first in range(len(lines) - 1, len(rows), size):
             seed = derived_seed(config.seed, "guide", first)
-            groups = policy.sample(
-                prompts[first : first + size], config.guide_samples, config.max_new_tokens, config.temperature, seed
-            )
+            prompts = [prompt_set[row] for row in rows[first : first + size]]
+            groups = policy.sample(prompts, config.guide_samples, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
             file.writelines(json.dumps(cache_line(group, state["step"])) + "\n" for group in groups)
             file.flush()
@@ -197,21 +196,22 @@ def cache_line(group: Group, guide_step: int) -> dict:
 
 def load_cache(config: NPOConfig, path: Path) -> tuple[dict, dict[str, Completion], int]:
     """The header, the completions by prompt id, and the tokens that the guide sampled for the cache."""
-    text = path.read_text()
     try:
+        text = path.read_text()
         header, *lines = [json.loads(line) for line in text.splitlines()]
-        whole = text.endswith("\n") and len(lines) == header["prompts"]
-    except (ValueError, KeyError):
+        whole = text.endswith("\n") and len(lines) == header["prompts"] > 0
+        cache = {line["prompt_id"]: Completion(**line["completion"]) for line in lines if line["completion"]}
+    except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise UsageError(f"guide cache {path}: cut short or damaged; delete it and run again, it will be rebuilt")
+        raise UsageError(f"guide cache {path}: cut short, damaged, or no guide cache; move it away, or give the guide's "
+                         "checkpoint folder, and it will be made anew")  # fmt: skip
     prompt_set, _ = load_config_prompts(config)
     mine = {"dataset": prompt_set.fingerprint, "tokenizer": tokenizer_fingerprint(load_tokenizer(model_path(config)))}
     for what, value in mine.items():
         if header[what] != value:
             raise UsageError(f"guide cache {path}: made for another {what} ({header[what]}; this run has {value}); pass the "
                              "checkpoint itself as --guide, and a new cache will be made")  # fmt: skip
-    cache = {line["prompt_id"]: Completion(**line["completion"]) for line in lines if line["completion"]}
     tokens = sum(line["sampled_tokens"] for line in lines)
     say(f"{path}: guide@{header['guide_step']} solved {len(cache)} of {len(lines)} prompts ({len(cache) / len(lines):.0%}) "
         f"within {header['samples']} answers, {tokens:,} tokens")  # fmt: skip
@@ -234,17 +234,20 @@ def intervene(config: NPOConfig, out: Path) -> None:
                              "own run; give the guide's checkpoint folder")  # fmt: skip
     elif not guide:
         go_ahead(config, out / "scout")
-        guide = checkpoint_path(out / "scout", config.scout_steps if config.intervention == "early" else config.plateau_end)
+        guide = str(
+            checkpoint_path(out / "scout", config.scout_steps if config.intervention == "early" else config.plateau_end)
+        )
     if config.intervention != "early":
         start = Path(guide).with_name(checkpoint_path(out, config.plateau_start).name)
         if not start.is_dir():
             raise UsageError(f"--plateau-start {config.plateau_start}: {start} does not exist; give a step that was saved")
     first_step = 1 + (checkpoint_state(start)["step"] if start else 0)
-    if not cache_path.is_file():
-        until = min(config.guided_until or checkpoint_state(guide)["step"] or config.steps, config.steps)
-        build_cache(config, guide, first_step, until, cache_path)
+    if not guide.endswith(".jsonl"):
+        until = config.guided_until or checkpoint_state(guide)["step"] or config.steps  # a model of no run has step 0
+        if not cache_path.is_file() or load_cache(config, cache_path)[0]["until"] < until:
+            build_cache(config, guide, first_step, until, cache_path)
     header, cache, tokens = load_cache(config, cache_path)
-    until = config.guided_until or header["guide_step"] or config.steps
+    until = config.guided_until or header["until"]
     train(config, out, cache, until, start, header["guide_sampled_tokens"] + tokens)
 
 

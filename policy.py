@@ -10,6 +10,7 @@ sampler's and the trainer's, one and the same distribution:
 - masks come from lengths, never from `ids != pad`: where pad is EOS, as in many tokenizers, EOS would lose its gradient.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -89,6 +91,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
 class Policy:
     def __init__(self, path: str | Path, device: str = "auto", dtype: str = "auto", train_vision: bool = False):
         """Loads a hub id or a `save_pretrained` folder. `dtype` "auto" is bf16 on CUDA, fp32 elsewhere."""
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA here; take cpu")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         on_gpu = self.device.type == "cuda"
         dtype = ("bf16" if on_gpu else "fp32") if dtype == "auto" else dtype
@@ -96,18 +100,25 @@ class Policy:
         self.tokenizer = load_tokenizer(path)
         try:
             self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # needs no torchvision
-            self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=self.dtype).to(self.device)
-        except (OSError, ValueError) as error:
+            self.model, loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=self.dtype, output_loading_info=True)
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"model {path}: cannot be loaded ({reason}); give a hub id or a save_pretrained folder of an "
                              "image-text-to-text model with its image processor") from error  # fmt: skip
         config = self.model.config
+        if loaded["missing_keys"]:
+            raise UsageError(
+                f"model {path}: {len(loaded['missing_keys'])} weights are missing, as {min(loaded['missing_keys'])}"
+            )
         if not hasattr(self.model.base_model, "get_rope_index"):
             raise UsageError(f"model {path}: {type(self.model).__name__} has no multimodal rotary positions; take a Qwen3-VL")
-        self.model.eval()  # no dropout: sampler and trainer must be the same function
+        self.model.to(self.device).eval()  # no dropout: sampler and trainer must be the same function
         self.image_token_id = config.image_token_id
         self.never_sampled = [getattr(config, name) for name in VISION_TOKENS if getattr(config, name, None) is not None]
-        stop = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        # a model's own sampling settings (Qwen3-VL: top_k 20, top_p 0.8) would bias the ratio: kept for `save`, not used
+        self.stock_generation_config, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        stop = self.stock_generation_config.eos_token_id
+        stop = self.tokenizer.eos_token_id if stop is None else stop
         self.eos_token_ids = stop if isinstance(stop, list) else [stop]
         self.model.base_model.visual.requires_grad_(train_vision)
 
@@ -138,7 +149,7 @@ class Policy:
         ids, attention, positions, cache = self._read([one for one in inputs for _ in range(group_size)])
         recorder = BehaviorRecorder(self, temperature)
         settings = GenerationConfig(
-            do_sample=True, temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0,  # a model's own would bias the ratio
+            do_sample=True, temperature=1.0, top_p=1.0, top_k=0,  # the recorder applies the temperature
             max_new_tokens=max_new_tokens, eos_token_id=self.eos_token_ids, pad_token_id=self.eos_token_ids[0],
         )  # fmt: skip
         sequences = self.model.generate(
@@ -232,14 +243,23 @@ class Policy:
 
     def save(self, path: Path, state: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
         """A `save_pretrained` folder with `state.json` and `optimizer.pt`, written aside and renamed: all of it or nothing."""
+        if not all(parameter.isfinite().all() for parameter in self.parameters()):
+            raise FloatingPointError("a weight is not finite")
         aside = path.with_name(path.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for part in (self.model, self.tokenizer, self.image_processor):
-            part.save_pretrained(aside)
-        (aside / "state.json").write_text(json.dumps(state))
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+        try:
+            for part in (self.model, self.tokenizer, self.image_processor, self.stock_generation_config):
+                part.save_pretrained(aside)
+            (aside / "state.json").write_text(json.dumps(state))
+            if optimizer is not None:
+                torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+        except Exception as error:
+            full = shutil.disk_usage(aside).free < 1 << 20  # each library has its own error for it
+            shutil.rmtree(aside)
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
         shutil.rmtree(path, ignore_errors=True)
         aside.rename(path)
 
@@ -257,9 +277,9 @@ class BehaviorRecorder(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.distribution is not None:
             self.drawn.append(self.distribution.gather(-1, input_ids[:, -1:]))
-        if scores.isnan().any():
-            raise FloatingPointError("the policy's logits are nan")
         self.distribution = self.policy.adjust(scores, self.temperature)
+        if self.distribution.isnan().any():
+            raise FloatingPointError("the policy's logits are nan or infinite")
         return self.distribution
 
     def finish(self, tokens: torch.Tensor) -> torch.Tensor:

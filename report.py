@@ -50,19 +50,19 @@ def npo(out: Path) -> None:
     summary |= {"scout": before, "goal": goal}
     for key in ("step", "sampled_tokens"):
         alone, guided = first_reach(evaluations(scout), goal, key), first_reach(evaluations(out), goal, key)
-        summary[f"to_goal/{key}"] = {"without_guide": alone, "with_guide": guided, "speed_up": guided and alone / guided}
+        summary[f"to_goal/{key}"] = {"scout": alone, "guided": guided, "speed_up": alone / guided if guided else None}
     write(out, summary, {"scout (no guide)": scout, "NPO": out})
     say(
         f"\nThe scout went from {before['eval/accuracy_start']:.3f} to {goal:.3f} held-out accuracy in {before['steps']} steps."
     )
     steps, tokens = summary["to_goal/step"], summary["to_goal/sampled_tokens"]
-    if steps["with_guide"] is None:
-        say(f"NPO did not reach {goal:.3f} within {summary['steps']} steps.")
+    if not steps["guided"]:
+        say(f"NPO {'started at' if steps['guided'] == 0 else 'did not reach'} {goal:.3f} within {summary['steps']} steps.")
     else:
-        say(f"Steps to {goal:.3f}: {steps['without_guide']:.1f} without the guide, {steps['with_guide']:.1f} with it: "
+        say(f"Steps to {goal:.3f}: {steps['scout']:.1f} for the scout, {steps['guided']:.1f} guided: "
             f"{steps['speed_up']:.2f}x.")  # fmt: skip
-        say(f"Sampled tokens to {goal:.3f}, scout and guide cache counted: {tokens['without_guide']:,.0f} without, "
-            f"{tokens['with_guide']:,.0f} with: {tokens['speed_up']:.2f}x.")  # fmt: skip
+        say(f"Sampled tokens to {goal:.3f}, scout and guide cache counted: {tokens['scout']:,.0f} for the "
+            f"scout, {tokens['guided']:,.0f} guided: {tokens['speed_up']:.2f}x.")  # fmt: skip
     say(f"NPO ended at {summary['eval/accuracy']:.3f} after {summary['steps']} steps, "
         f"{summary['sampled_tokens']:,} sampled tokens in all.")  # fmt: skip
     show_transcript(out)
@@ -97,10 +97,12 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
         by_step.plot([line["step"] for line in evals], accuracy, f"C{color}o-", ms=3, label=name)
         by_tokens.plot([line["sampled_tokens"] / 1e3 for line in evals], accuracy, f"C{color}o-", ms=3, label=name)
         entropy.plot([line["step"] for line in lines], [line["entropy"] for line in lines], f"C{color}", label=name)
-        guided = [line for line in lines if "npo/guide_ratio_mean" in line]
+        asked = [line for line in lines if "npo/guide_frac" in line]
+        guided = [line for line in asked if "npo/guide_ratio_mean" in line]
         if guided:
+            guide.plot([line["step"] for line in asked], [line["npo/guide_frac"] for line in asked], f"C{color}",
+                       label="groups with a guide")  # fmt: skip
             steps = [line["step"] for line in guided]
-            guide.plot(steps, [line["npo/guide_frac"] for line in guided], f"C{color}", label="groups with a guide")
             guide.plot(steps, [line["npo/guide_ratio_mean"] for line in guided], f"C{color}--", label="its ratio: mean")
             guide.plot(steps, [line["npo/guide_ratio_min"] for line in guided], f"C{color}:", label="its ratio: least token")
     by_step.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))

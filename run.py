@@ -24,7 +24,7 @@ from tqdm import tqdm
 import cards
 import verifier
 from policy import Group, Policy
-from tasks import Prompt, PromptSet, UsageError, load_prompts
+from tasks import PromptSet, UsageError, load_prompts
 
 
 def derived_seed(*key) -> int:
@@ -32,18 +32,23 @@ def derived_seed(*key) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def prompts_of_step(prompts: PromptSet, step: int, config) -> list[Prompt]:
-    """The P prompts of a step (counted from 1): the next ones of a shuffle that is new every epoch."""
+def rows_of_step(count: int, step: int, config) -> list[int]:
+    """Which P of `count` prompts a step (counted from 1) asks: the next ones of a shuffle that is new every epoch."""
     first, last = (step - 1) * config.prompts_per_step, step * config.prompts_per_step
     order = {}  # of each epoch that the step touches
-    for epoch in range(first // len(prompts), (last - 1) // len(prompts) + 1):
-        order[epoch] = list(range(len(prompts)))
+    for epoch in range(first // count, (last - 1) // count + 1):
+        order[epoch] = list(range(count))
         random.Random(derived_seed(config.seed, "shuffle", epoch)).shuffle(order[epoch])
-    return [prompts[order[place // len(prompts)][place % len(prompts)]] for place in range(first, last)]
+    return [order[place // count][place % count] for place in range(first, last)]
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
     return Path(out) / "checkpoints" / f"step_{step:06d}"
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first; one that is still being written ends in .tmp."""
+    return [path for path in sorted(Path(out).glob("checkpoints/step_*")) if path.suffix != ".tmp"]
 
 
 def checkpoint_state(path: Path) -> dict:
@@ -75,7 +80,7 @@ class Run:
         self.config, self.out = config, Path(out)
         open_directory(config, self.out)
         self.start_step = checkpoint_state(start)["step"] if start else 0
-        done = [path for path in sorted(self.out.glob("checkpoints/step_*")) if path.suffix != ".tmp"]
+        done = checkpoints(self.out)
         source = done[-1] if done else start
         self.step = checkpoint_state(source)["step"] if source else 0
         self.sampled_tokens = checkpoint_state(done[-1])["sampled_tokens"] if done else spent_tokens
@@ -86,7 +91,7 @@ class Run:
         self.policy = Policy(source or model_path(config), config.device, config.dtype, config.train_vision)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         if source and (Path(source) / "optimizer.pt").is_file():
-            state = torch.load(Path(source) / "optimizer.pt", map_location=self.policy.device, weights_only=True)
+            state = torch.load(Path(source) / "optimizer.pt", map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(state)
             for group in self.optimizer.param_groups:
                 group["lr"], group["weight_decay"] = config.lr, config.weight_decay
@@ -103,17 +108,13 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        done = checkpoints(self.out)
+        kept = str(done[-1]) if done else "none yet (the run starts over)"
         if kind is FloatingPointError:
-            kept = self._newest_checkpoint()
             raise UsageError(f"step {self.step + 1}: {error}; stopped. The last checkpoint is {kept}; a lower --lr or "
                              "--max-grad-norm may help") from error  # fmt: skip
         if kind is KeyboardInterrupt:
-            kept = self._newest_checkpoint()
             say(f"\ninterrupted in step {self.step + 1}; the same command resumes from {kept}")
-
-    def _newest_checkpoint(self) -> str:
-        done = [path for path in sorted(self.out.glob("checkpoints/step_*")) if path.suffix != ".tmp"]
-        return str(done[-1]) if done else "none yet (the run starts over)"
 
     # ------------------------------------------------------------------------------------------------ the loop's parts
 
@@ -129,7 +130,7 @@ class Run:
     def sample(self, step: int) -> list[Group]:
         """The groups of a step: its prompts, each answered G times by the policy."""
         self.clock = [time.perf_counter()]
-        prompts = prompts_of_step(self.train_prompts, step, self.config)
+        prompts = [self.train_prompts[row] for row in rows_of_step(len(self.train_prompts), step, self.config)]
         seed = derived_seed(self.config.seed, "sample", step)
         groups = self.policy.sample(prompts, self.config.group_size, self.config.max_new_tokens, self.config.temperature, seed)
         self.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
@@ -195,21 +196,27 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+ONLY_FOR_THE_MACHINE = ("fresh", "out", "device", "micro_batch_size")  # a run may go on with other ones
+
+
 def open_directory(config, out: Path) -> None:
     """Makes the directory, or checks that it holds a run of the same configuration (`steps` may have grown)."""
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    theirs = stored_config(out)
-    if theirs is None and out.exists() and (not out.is_dir() or any(p.name != "config.json.tmp" for p in out.iterdir())):
-        raise UsageError(f"--out {out}: holds files but no run; choose another directory")
-    if theirs is not None:
-        differ = [k for k in mine if k not in ("fresh", "out") and theirs.get(k, mine[k]) != mine[k]]
+    mine, theirs = json.loads(json.dumps(dataclasses.asdict(config))), stored_config(out)
+    try:
+        if theirs is None and out.exists() and any(path.name != "config.json.tmp" for path in out.iterdir()):
+            raise UsageError(f"--out {out}: holds files but no run; choose another directory")
+        out.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"--out {out}: a file stands where the directory should; choose another one") from error
+    begun = any((out / name).exists() for name in ("metrics.jsonl", "scout", "guide.jsonl", "guide.jsonl.partial"))
+    if theirs is not None and begun:
+        differ = [k for k in mine if k not in ONLY_FOR_THE_MACHINE and theirs.get(k, mine[k]) != mine[k]]
         if "steps" in differ and theirs["steps"] < mine["steps"]:
             differ.remove("steps")
         if differ or theirs.keys() != mine.keys():
             there = ", ".join(f"{k} {theirs[k]} there and {mine[k]} here" for k in differ) or "another method"
             raise UsageError(f"--out {out}: holds a run with another configuration ({there}); choose another --out, or "
                              "start over with --fresh")  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     aside = out / "config.json.tmp"
     aside.write_text(json.dumps(mine, indent=2) + "\n")
     aside.rename(out / "config.json")
@@ -218,8 +225,26 @@ def open_directory(config, out: Path) -> None:
 def stored_config(out: Path) -> dict | None:
     """The configuration of the run in a directory; None where there is none (a model's config.json is not one)."""
     path = Path(out) / "config.json"
-    stored = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UsageError(f"{path}: is no JSON ({error}); mend it, or choose another --out") from error
     return stored if "prompts_per_step" in stored else None
+
+
+def start_over(config) -> None:
+    """--fresh: the run in --out becomes --out.old, in place of one that stands there."""
+    out = Path(config.out).resolve()
+    if stored_config(out) is None:
+        return
+    for flag in ("model", "dataset", "guide"):
+        path = Path(getattr(config, flag, "") or ".").resolve()
+        if out == path or out in path.parents:
+            raise UsageError(f"--fresh: --{flag} {getattr(config, flag)} lies in the run that would be moved away, --out {out}")
+    old = out.with_name(out.name + ".old")
+    if stored_config(old) is not None:
+        shutil.rmtree(old)
+    out.rename(old)
 
 
 def model_path(config) -> str:
@@ -237,16 +262,16 @@ def command_line(config_class, entry) -> None:
     config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
     try:
         config.check()
-        if config.fresh and stored_config(config.out) is not None:
-            shutil.rmtree(config.out)
+        if config.fresh:
+            start_over(config)
         entry(config)
     except (UsageError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
+        say("interrupted; the same command goes on")
         raise SystemExit(130) from None
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if not full and "No space left" not in str(error) and "os error 28" not in str(error):
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
             raise
         raise SystemExit(f"error: no space left on the disk of --out {config.out}; nothing finished is lost: free some, "
                          "then the same command resumes") from None  # fmt: skip

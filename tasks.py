@@ -78,15 +78,23 @@ def card_prompts(split: str, hands: list[cards.Hand]) -> PromptSet:
 
 
 def dataset_prompts(name: str, data, columns: dict[str, str]) -> PromptSet:
-    for role in ("prompt", "answer"):
-        if columns[role] not in data.column_names:
+    for role, column in columns.items():
+        optional = column == DEFAULT_COLUMNS[role] and role in ("images", "choices")
+        if column not in data.column_names and not optional:
             raise UsageError(f"{name}: no column {columns[role]!r} for {role}; it has {', '.join(data.column_names)}; "
                              f"map them, as in --columns {role}={data.column_names[0]}")  # fmt: skip
 
     def make(id: str, row: dict) -> Prompt:
         images = row.get(columns["images"]) or []
-        images = [image.convert("RGB") for image in (images if isinstance(images, list) else [images])]
-        texts = re.split(r"\s*<image>\s*", row[columns["prompt"]])
+        images = images if isinstance(images, list) else [images]
+        question, choices = row[columns["prompt"]], row.get(columns["choices"]) or None
+        for role, ok in (("prompt", isinstance(question, str)), ("choices", not isinstance(choices, str)),
+                         ("images", all(isinstance(image, Image.Image) for image in images))):  # fmt: skip
+            if not ok:
+                raise UsageError(f"{name}: column {columns[role]!r} of {id} is not usable as {role}; prompts are texts, images "
+                                 "are pictures (a datasets.Image column), choices are lists of texts")  # fmt: skip
+        images = [image.convert("RGB") for image in images]
+        texts = re.split(r"\s*<image>\s*", question)
         missing = len(images) - (len(texts) - 1)
         if missing < 0:
             raise UsageError(f"{name}: {id} mentions {len(texts) - 1} images but holds {len(images)}")
@@ -95,8 +103,7 @@ def dataset_prompts(name: str, data, columns: dict[str, str]) -> PromptSet:
             content += [{"type": "image"}] if place else []
             content += [{"type": "text", "text": text}] if text else []
         content.append({"type": "text", "text": f"\n{BOXED}"})
-        return Prompt(id, [{"role": "user", "content": content}], images, str(row[columns["answer"]]),
-                      row.get(columns["choices"]) or None)  # fmt: skip
+        return Prompt(id, [{"role": "user", "content": content}], images, str(row[columns["answer"]]), choices)
 
     asked = zip(data[columns["prompt"]], data[columns["answer"]])
     return PromptSet(f"{Path(name).name}-{fingerprint(asked)}", data, make)

@@ -13,6 +13,7 @@ in a worker process, which is killed and replaced when an answer takes too long;
 """
 
 import atexit
+import contextlib
 import json
 import re
 import select
@@ -99,7 +100,7 @@ def extract_answer(response: str | None) -> str | None:
 LETTER = re.compile(r"(?:option\s+)?\(?([A-Z])\)?[.:]?", re.IGNORECASE)
 LETTER_AND_TEXT = re.compile(r"\(?([A-Z])\)?[.:)]\s*(\S.*)", re.DOTALL)
 PLAIN_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})(?:\.\d{1,400})?")
-WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
+WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s'-]+[^\W\d_]+)*")
 
 
 def option_index(answer: str, choices: list[str]) -> int | None:
@@ -109,10 +110,10 @@ def option_index(answer: str, choices: list[str]) -> int | None:
     if letter and (letter[1].isupper() or answer not in map(plain_text, choices)):
         index = ord(letter[1].upper()) - ord("A")
         return index if index < len(choices) else None
-    if both := LETTER_AND_TEXT.fullmatch(answer):
+    same = [i for i, choice in enumerate(choices) if plain_text(choice) == answer]
+    if not same and (both := LETTER_AND_TEXT.fullmatch(answer)):
         index = ord(both[1]) - ord("A")
         return index if index < len(choices) and equal(choices[index], both[2])[0] else None
-    same = [i for i, choice in enumerate(choices) if plain_text(choice) == answer]
     same = same or [i for i, choice in enumerate(choices) if equal(choice, answer)[0]]
     return same[0] if len(same) == 1 else None
 
@@ -131,39 +132,51 @@ def equal(gold: str, answer: str) -> tuple[bool, str]:
         return True, "equal as text"
     if PLAIN_NUMBER.fullmatch(gold) and PLAIN_NUMBER.fullmatch(answer):
         return Decimal(gold.replace(",", "")) == Decimal(answer.replace(",", "")), "compared as plain numbers"
-    if WORDS.fullmatch(gold):  # math-verify would read letters as a product: to it "act" equals "cat"
+    if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):  # to math-verify a product of letters: "act" would equal "cat"
         return gold.casefold() == answer.casefold(), "compared as words"
+    if "%" in answer and "%" not in gold:  # it reads 7% as 7 and as 0.07
+        return False, "a percentage, and the gold is none"
+    if "=" in answer and not re.search(r"[A-Za-z]", answer.split("=")[0]):  # of 8=7 it reads the last side
+        return False, "an equation that defines nothing"
     if max(len(gold), len(answer)) > MAX_MATH_CHARS:
         return False, f"over {MAX_MATH_CHARS} characters, and not equal as text"
     verdict = MATH_VERIFY.ask(gold, answer)
-    return bool(verdict), f"math-verify took over {TIMEOUT:g} s" if verdict is None else "compared by math-verify"
+    return bool(verdict), "too much for math-verify" if verdict is None else "compared by math-verify"
 
 
 class MathVerifyWorker:
     """math-verify in a process of its own: one JSON line in, one line out; killed and replaced when an answer hangs it."""
 
     def __init__(self):
-        self.process, self.lock = None, threading.Lock()
+        self.process, self.lock, self.asked = None, threading.Lock(), 0
 
     def ask(self, gold: str, answer: str, timeout: float | None = None) -> bool | None:
         """Whether math-verify finds the two equal; None if it crashed on them or needed longer than `timeout` seconds."""
         with self.lock:
-            if self.process is None:
-                command = [sys.executable, __file__, "--worker"]
-                self.process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-                )
-                atexit.register(self.process.kill)
-                if self._reply(timeout=120.0) != b"ready\n":
-                    self._kill()
-                    raise RuntimeError("math-verify's worker does not start: pip install -r requirements.txt")
-            self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            self.process.stdin.flush()
-            reply = self._reply(timeout or TIMEOUT)
-            if not reply:
+            if self.process is None or self.process.poll() is not None:
+                self._start()
+            self.asked += 1
+            try:
+                self.process.stdin.write(json.dumps([self.asked, gold, answer]).encode() + b"\n")
+                self.process.stdin.flush()
+                reply = self._reply(timeout or TIMEOUT)
+            except BrokenPipeError:
+                reply = b""
+            if not reply.startswith(b"%d " % self.asked):
                 self._kill()
                 return None
-            return reply == b"1\n"
+            return reply.endswith(b" 1\n")
+
+    def _start(self):
+        # a session of its own: Ctrl-C in the terminal is not for the worker
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        atexit.register(self.process.kill)
+        if self._reply(timeout=120.0) != b"ready\n":
+            self._kill()
+            raise RuntimeError("math-verify's worker does not start: pip install -r requirements.txt")
 
     def _reply(self, timeout: float) -> bytes:
         ready, _, _ = select.select([self.process.stdout], [], [], timeout)
@@ -172,7 +185,10 @@ class MathVerifyWorker:
     def _kill(self):
         atexit.unregister(self.process.kill)
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process = None
 
 
@@ -185,11 +201,14 @@ def worker() -> None:
 
     from math_verify import parse, verify
 
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    print("ready", flush=True)
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
+    with contextlib.suppress(ValueError, OSError):  # a system may not allow to lower it
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
+    print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        gold, answer = (parse(f"\\boxed{{{text}}}") for text in json.loads(line))
-        print(int(bool(gold) and bool(answer) and verify(gold, answer)), flush=True)
+        number, *texts = json.loads(line)
+        gold, answer = (parse(f"\\boxed{{{text}}}") for text in texts)
+        print(number, int(bool(gold) and bool(answer) and verify(gold, answer)), file=replies, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,43 +24,43 @@ sys.path.insert(0, str(ROOT))
 from run import evaluations, read_jsonl
 
 SEEDS, LATE_SEEDS = range(5), range(3)
-SCOUT = 40  # npo.py's default
-DISTANCES = (10, 20, 40, 80)
-WINDOW = 100  # IS ablation: guided all the way, also past the guide's own step
-PLATEAU_START, PLATEAU_END = 80, 200
-# late: PLATEAU_END steps ahead, 8 guide samples for each prompt of the replay, and the replay itself
-EQUAL_TOKENS = PLATEAU_END + 2 * (PLATEAU_END - PLATEAU_START)
+SCOUT = 30  # npo.py's default
+DISTANCES = (20, 30, 60, 80)
+WINDOW = 80  # IS ablation: guided all the way, also past the guide's own step
+PLATEAU_START, PLATEAU_END = 120, 240  # npo.py's defaults
+# late spends PLATEAU_END steps, 8 answers to each prompt of the replay, and the replay: GRPO may spend that on more steps
+LONG = PLATEAU_END + 2 * (PLATEAU_END - PLATEAU_START)
 
 
-def commands(seed: int) -> list[tuple[str, list[str]]]:
-    """(name, command) of a seed's runs; the first is the one whose checkpoints the others start from or learn from."""
-    late = seed in LATE_SEEDS
-    steps = EQUAL_TOKENS if late else WINDOW
-    grpo, guide = f"experiments/runs/grpo-{seed}", "experiments/runs/grpo-{}/checkpoints/step_{:06d}"
-    plan = [(f"grpo-{seed}", f"grpo.py --seed {seed} --steps {steps} --save-every 10 --out {grpo}")]
-    plan.append((f"early-{seed}", f"npo.py --seed {seed} --steps {WINDOW} --guide {guide.format(seed, SCOUT)}"))
-    for distance in DISTANCES:
-        for ratio in ("is-correction", "no-is-correction"):
-            plan.append((f"guide{distance}-{ratio}-{seed}",
-                         f"npo.py --seed {seed} --steps {WINDOW} --guided-until {WINDOW} --{ratio} "
-                         f"--guide {guide.format(seed, distance)}"))  # fmt: skip
-    if late:
-        plan.append((f"late-{seed}", f"npo.py --seed {seed} --steps {PLATEAU_END} --save-every 10 --intervention late "
-                     f"--plateau-start {PLATEAU_START} --plateau-end {PLATEAU_END} --guide {guide.format(seed, PLATEAU_END)}"))  # fmt: skip
-    return [
-        (name, [*words.split(), *([] if "--out" in words else ["--out", f"experiments/runs/{name}"])]) for name, words in plan
+def stages(seed: int) -> list[list[tuple[str, str]]]:
+    """(name, command) of a seed's runs, in three stages; a run's directory is --out, or its name."""
+    runs, grpo = RUNS.relative_to(ROOT), f"grpo.py --seed {seed} --save-every 10 --out {RUNS.relative_to(ROOT)}/grpo-{seed}"
+
+    def guided(name: str, guide: int, flags: str) -> tuple[str, str]:
+        checkpoint = f"{runs}/grpo-{seed}/checkpoints/step_{guide:06d}"
+        return f"{name}-{seed}", f"npo.py --seed {seed} --guide {checkpoint} {flags} --out {runs}/{name}-{seed}"
+
+    early = [(f"grpo-{seed}", f"{grpo} --steps {WINDOW}"), guided("early", SCOUT, f"--steps {WINDOW}")]
+    ablation = [
+        guided(f"guide{distance}-{ratio}", distance, f"--steps {WINDOW} --guided-until {WINDOW} --{ratio}")
+        for distance in DISTANCES for ratio in ("is-correction", "no-is-correction")
+    ]  # fmt: skip
+    late = [
+        (f"long-{seed}", f"{grpo} --steps {LONG}"),  # goes on with the run above
+        guided("late", PLATEAU_END, f"--steps {PLATEAU_END} --intervention late"),
     ]
+    return [early, ablation, late if seed in LATE_SEEDS else []]
 
 
-def result(name: str, command: list[str], seed: int) -> dict:
+def result(name: str, command: str, seed: int) -> dict:
     """What tables and figures need of a run: its held-out curve, its guide's ratios, its cost."""
-    out = RUNS / name
+    out = ROOT / command.split("--out ")[1].split()[0]
     lines = read_jsonl(out / "metrics.jsonl")
     guided = [line for line in lines if "npo/guide_ratio_mean" in line]
     cache = read_jsonl(out / "guide.jsonl")
     return {
-        "name": name, "seed": seed, "command": "OMP_NUM_THREADS=1 python " + " ".join(command),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "name": name, "seed": seed, "command": "OMP_NUM_THREADS=1 python " + command,
+        "commit": subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "evaluations": [[line["step"], line["sampled_tokens"], round(line["eval/accuracy"], 5)] for line in evaluations(out)],
         "guide": [[line["step"], round(line["npo/guide_frac"], 3), round(line["npo/guide_ratio_mean"], 4),
                    round(line["npo/guide_ratio_min"], 5), round(line["npo/guide_ratio_max"], 3)] for line in guided],
@@ -71,29 +71,29 @@ def result(name: str, command: list[str], seed: int) -> dict:
 
 
 def main() -> None:
-    plans = {seed: commands(seed) for seed in SEEDS}
+    RUNS.mkdir(exist_ok=True)
     done = {line["name"] for line in read_jsonl(RESULTS)}
-    bar = tqdm(total=sum(map(len, plans.values())), initial=len(done), desc="runs")
-    lock = threading.Lock()
+    plan = [[stages(seed)[stage] for seed in SEEDS] for stage in range(3)]
+    total = sum(len(chain) for stage in plan for chain in stage)
+    bar, lock = tqdm(total=total, initial=len(done), desc="runs"), threading.Lock()
 
-    def chain(seed: int) -> None:
-        for name, command in plans[seed]:
-            checkpoints = RUNS / f"grpo-{seed}" / "checkpoints"
-            if name in done and (not name.startswith("grpo") or checkpoints.is_dir()):
+    def work(seed: int, chain: list[tuple[str, str]]) -> None:
+        for name, command in chain:
+            if name in done:
                 continue
-            RUNS.mkdir(exist_ok=True)
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two runs at a time on two cores
             with open(RUNS / f"{name}.log", "w") as log:
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two runs at a time on two cores
-                subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
-            with lock:
-                if name not in done:
-                    with open(RESULTS, "a") as file:
-                        file.write(json.dumps(result(name, command, seed)) + "\n")
+                subprocess.run(
+                    [sys.executable, *command.split()], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True
+                )
+            with lock, open(RESULTS, "a") as file:
+                file.write(json.dumps(result(name, command, seed)) + "\n")
                 bar.update()
 
-    with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(chain, seed) for seed in SEEDS]:
-            future.result()
+    for stage in plan:
+        with ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(work, seed, chain) for seed, chain in zip(SEEDS, stage)]:
+                future.result()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The README's tables and figures, from experiments/claims.jsonl alone.
 
-    python experiments/tables.py          # prints markdown; draws assets/early.png, assets/is_correction.png, assets/late.png
+python experiments/tables.py          # prints markdown; draws assets/early.png, assets/is_correction.png, assets/late.png
 """
 
 import statistics
@@ -45,7 +45,9 @@ class Result:
 
 def early(found: dict[str, Result]) -> None:
     print(f"\n### Early bootstrapping, scout of {SCOUT} steps\n")
-    print("| seed | scout's final accuracy | steps: GRPO | steps: NPO | speed-up | tokens: GRPO | tokens: NPO, all counted | ratio |")
+    print(
+        "| seed | scout's final accuracy | steps: GRPO | steps: NPO | speed-up | tokens: GRPO | tokens: NPO, all counted | ratio |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     speed, cost = [], []
     for seed in SEEDS:
@@ -110,13 +112,13 @@ def late(found: dict[str, Result]) -> None:
         step = int(name.split("step ")[1].split()[0])
         runs = npo if name.startswith("NPO") else grpo
         tokens = statistics.fmean(run.until(step)[-1]["sampled_tokens"] for run in runs)
-        paired = [
-            "" if other is accuracy else interval([a - b for a, b in zip(accuracy, other)], 3) for other in (same, equal)
-        ]
+        paired = ["" if other is accuracy else interval([a - b for a, b in zip(accuracy, other)], 3) for other in (same, equal)]
         print(f"| {name} | {interval(accuracy, 3)} | {paired[0]} | {paired[1]} | {tokens:,.0f} |")
 
 
-def band(axes, runs: list[Result], label: str, color: str, key: str = "step", style: str = "-", last: int | None = None) -> None:
+def band(
+    axes, runs: list[Result], label: str, color: str, key: str = "step", style: str = "-", last: int | None = None
+) -> None:
     """Mean over seeds, with the 95 % interval; by tokens, seeds are joined on a common grid."""
     curves = [run.until(last) if last else run.evals for run in runs]
     where = numpy.array([[line[key] for line in curve] for curve in curves], float)

@@ -1,7 +1,9 @@
 """What a user meets: one command, one run directory, resume after a kill, and one clear line for each mistake."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +18,15 @@ import cards
 from policy import Policy
 from run import read_jsonl
 
-GRPO = ["grpo.py", *SMALL, "--prompts-per-step", "8", "--group-size", "8", "--lr", "1e-3", "--steps", "6"]
-NPO = ["npo.py", *GRPO[1:], "--scout-steps", "4", "--guide-samples", "2"]
+# The base is right too rarely for a test: this verifier calls a third of its answers right. All else is the real command.
+LUCKY = """
+import sys, zlib, verifier, {script}, run
+verifier.is_correct = lambda response, gold, choices=None: zlib.crc32(response.encode()) % 3 == 0
+run.command_line({script}.{config}, {script}.main)
+"""
+FLAGS = [*SMALL, "--temperature", "1.5", "--max-new-tokens", "48", "--lr", "1e-3", "--steps", "6"]
+GRPO = ["-c", LUCKY.format(script="grpo", config="GRPOConfig"), *FLAGS]
+NPO = ["-c", LUCKY.format(script="npo", config="NPOConfig"), *FLAGS, "--scout-steps", "4", "--guide-samples", "4"]
 
 
 def contents(out: Path) -> dict:
@@ -44,7 +53,7 @@ def test_grpo_stopped_and_resumed_is_grpo_in_one_piece(command, tmp_path):
     moved = (whole / "checkpoints/step_000004/model.safetensors").read_bytes()
     assert moved != (cards.BASE / "model.safetensors").read_bytes()
     config = json.loads((whole / "config.json").read_text())
-    assert (config["lr"], config["prompts_per_step"], config["clip_high"]) == (1e-3, 8, 0.28)
+    assert (config["lr"], config["prompts_per_step"], config["clip_high"]) == (1e-3, 2, 0.28)
     again = command(*GRPO, "--steps", 4, "--out", parts)  # all done: says so, changes nothing
     assert "held-out accuracy" in again.stdout and contents(whole) == contents(parts)
 
@@ -67,11 +76,14 @@ def test_killed_three_times_and_resumed_is_the_same_run(command, tmp_path):
     command(*NPO, "--out", whole)
     words = [*NPO, "--out", killed]
     killed_when(words, lambda: (killed / "scout/checkpoints/step_000002.tmp").exists(), killed)
-    assert not (killed / "scout/checkpoints/step_000002").exists()
-    killed_when(words, lambda: len(read_jsonl(killed / "guide.jsonl.partial")) > 8, killed)
+    killed_when(words, lambda: len(read_jsonl(killed / "guide.jsonl.partial")) > 2, killed)
     killed_when(words, lambda: len(read_jsonl(killed / "metrics.jsonl")) > 4, killed)
     command(*words)
     assert contents(killed) == contents(whole)
+    assert max(line.get("npo/guide_frac", 0) for line in read_jsonl(whole / "metrics.jsonl")) > 0  # it was guided
+    assert (whole / "scout/checkpoints/step_000002/model.safetensors").read_bytes() != (
+        cards.BASE / "model.safetensors"
+    ).read_bytes()
     assert json.loads((killed / "summary.json").read_text())["sampled_tokens"] > 0
     assert (killed / "curves.png").stat().st_size > 10_000
 
@@ -111,6 +123,14 @@ def test_bad_flags_end_in_one_line(command, tmp_path, words, message):
     assert message in one_line_error(command(*words, "--steps", 2, "--out", tmp_path / "run", check=False))
 
 
+def test_a_mistyped_flag_does_not_claim_the_directory(command, tmp_path):
+    out = tmp_path / "run"
+    one_line_error(command(*GRPO, "--model", "no/such-model", "--dataset", "cards", "--out", out, check=False))
+    command(*GRPO, "--steps", 1, "--out", out)
+    (tmp_path / "file").write_text("")
+    assert "a file stands" in one_line_error(command(*GRPO, "--out", tmp_path / "file" / "run", check=False))
+
+
 def test_a_directory_with_another_run_or_with_other_files(command, tmp_path):
     out = tmp_path / "run"
     command(*GRPO, "--steps", 1, "--out", out)
@@ -119,6 +139,10 @@ def test_a_directory_with_another_run_or_with_other_files(command, tmp_path):
     one_line_error(command(*NPO, "--out", out, check=False))  # the other method's
     command(*GRPO, "--steps", 1, "--out", out, "--lr", "5e-4", "--fresh")
     assert json.loads((out / "config.json").read_text())["lr"] == 5e-4
+    assert json.loads((tmp_path / "run.old/config.json").read_text())["lr"] == 1e-3  # moved away, not deleted
+    inside = out / "checkpoints/step_000001"
+    message = one_line_error(command("grpo.py", "--model", inside, "--out", out, "--fresh", check=False))
+    assert "lies in the run" in message and inside.is_dir()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.png").write_text("precious")
     for fresh in ([], ["--fresh"]):
@@ -146,30 +170,37 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(command, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
-def test_a_full_disk(command, tmp_path):
+@pytest.mark.parametrize("megabytes", [3, 7])  # full while the weights, and while the optimizer is written
+def test_a_full_disk(command, tmp_path, megabytes):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("tmpfs cannot be mounted here")
     try:
-        words = [*GRPO, "--steps", 6, "--save-every", 1, "--out", disk / "run"]
-        message = one_line_error(command(*words, check=False))
-        assert "no space left" in message
+        words = [*GRPO, "--steps", 4, "--save-every", 1, "--out", disk / "run"]
+        assert "no space left" in one_line_error(command(*words, check=False))
+        assert not list((disk / "run/checkpoints").glob("*.tmp"))
         done = sorted((disk / "run/checkpoints").glob("step_??????"))
-        assert done
-        Policy(done[-1], device="cpu")  # whole
+        assert len(done) == megabytes // 4
+        for path in done:
+            Policy(path, device="cpu")  # whole
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         command(*words)  # with room again the same command goes on
-        assert [line["step"] for line in read_jsonl(disk / "run/metrics.jsonl")] == list(range(7))
+        assert [line["step"] for line in read_jsonl(disk / "run/metrics.jsonl")] == list(range(5))
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
 def test_help_explains_every_flag(command):
-    text = command("npo.py", "--help", env=os.environ | {"COLUMNS": "200"}).stdout
-    for words in ("--gate", "tau", "--scout-steps", "not specified by the paper", "--no-is-correction"):
-        assert words in text
-    assert "Near-Future Policy Optimization" in text
+    """Each flag has words of its own beside it; a default that the sources do not give says so."""
+    from npo import NPOConfig
+
+    text = " ".join(command("npo.py", "--help", env=os.environ | {"COLUMNS": "400"}).stdout.split())
+    assert "Near-Future Policy Optimization" in text and text.count("not specified by the paper") >= 5
+    for field in dataclasses.fields(NPOConfig):
+        name = field.name.replace("_", "-")
+        described = re.search(rf"--{name}(?:, --no-{name})? (?:[A-Z|{{}}]\S*|\{{.*?\}})? ?([^(]*)", text.split("options", 1)[1])
+        assert described and len(described[1].split()) > 2, name
 
 
 def test_a_local_data_set_and_model(command, tmp_path):

@@ -207,7 +207,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(fresh, groups):
     [
         ({"group_size": 1}, "--group-size 1: advantages compare"),
         ({"steps": -3}, "--steps -3: must be above 0"),
-        ({"micro_batch_size": 0}, "--micro-batch-size 0"),
+        ({"micro_batch_size": -1}, "--micro-batch-size -1"),
         ({"temperature": 0.0}, "--temperature 0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"clip_low": 1.0}, "--clip-low 1.0"),

@@ -1,6 +1,7 @@
 """Sampler and trainer are the same distribution, masks are right, checkpoints are whole."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -97,22 +98,46 @@ def test_eos_counts_and_pad_and_prompt_do_not(fresh):
     )
     with torch.no_grad():
         logprobs, mask = fresh.logprobs(rows, 1.0)
-    for (_, tokens), row, real in zip(rows, logprobs, mask):
-        assert real.sum() == len(tokens) and row[len(tokens) - 1] < 0
+    for completion, row, real in zip((c for g in groups for c in g.completions), logprobs, mask):
+        assert real.sum() == len(completion.token_ids)
+        assert row[real][-1].item() == pytest.approx(completion.behavior_logprobs[-1], abs=1e-5)  # EOS's own
 
 
-def test_gradient_reaches_eos_but_not_the_prompt(fresh):
-    """Untied probe: the gradient of a row's log-prob with respect to its logits is zero except at completion positions."""
+def test_only_completions_are_projected(fresh):
+    """The vocabulary is applied to the completions' tokens, EOS included, and to nothing else."""
     group = fresh.sample(MIXED[:1], 2, 40, 1.0, seed=6)[0]
-    tokens = group.completions[0].token_ids
-    seen = []
-    head = fresh.model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
-    logprobs, mask = fresh.logprobs([(group.inputs, tokens), (group.inputs, tokens[:3])], 1.0)
-    hook.remove()
-    assert sum(seen) == len(tokens) + 3  # exactly the completions' tokens are projected
-    logprobs[0, len(tokens) - 1].backward()  # EOS alone
-    assert head.weight.grad[tokens[-1]].abs().sum() > 0
+    tokens, seen = group.completions[0].token_ids, []
+    fresh.model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    fresh.logprobs([(group.inputs, tokens), (group.inputs, tokens[:3])], 1.0)
+    assert sum(seen) == len(tokens) + 3
+
+
+def test_the_gradient_flows_through_the_shared_prompt():
+    """Gradients of `logprobs`, which runs a prompt once for its group, against one plain forward pass a row, in fp64."""
+    exact = Policy(cards.BASE, device="cpu", dtype="fp64", train_vision=True)
+    rows, _ = behavior(exact.sample(MIXED, 2, 40, 1.0, seed=3))
+    weights = torch.linspace(-1, 2, 80, dtype=torch.float64)
+    logprobs, _ = exact.logprobs(rows, 1.0)
+    (logprobs * weights[: logprobs.shape[1]]).sum().backward()
+    got = {name: p.grad.clone() for name, p in exact.model.named_parameters() if p.grad is not None}
+    exact.model.zero_grad()
+    for inputs, tokens in rows:
+        ids = torch.tensor([inputs.token_ids + tokens])
+        images = (
+            {"pixel_values": inputs.pixel_values.double(), "image_grid_thw": inputs.image_grid_thw}
+            if inputs.pixel_values is not None
+            else {}
+        )
+        hidden = exact.model.base_model(
+            input_ids=ids, mm_token_type_ids=(ids == exact.image_token_id).int(), use_cache=False, **images
+        )
+        logits = exact.model.get_output_embeddings()(hidden.last_hidden_state[0, len(inputs.token_ids) - 1 : -1])
+        plain = exact.adjust(logits, 1.0).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        (plain * weights[: len(tokens)]).sum().backward()
+    assert any("visual" in name for name in got)
+    for name, parameter in exact.model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_vision_tokens_are_never_sampled(base):
@@ -133,11 +158,15 @@ def test_sampling_depends_on_the_seed_alone(base):
     assert [g.completions for g in one] != [g.completions for g in other]
 
 
-def test_a_models_own_sampling_settings_do_not_bias_the_ratio(fresh):
+def test_a_models_own_sampling_settings_do_not_bias_the_ratio(fresh, tmp_path):
     """Qwen3-VL ships temperature 0.7, top_k 20, top_p 0.8: they must not reach the sampler."""
     plain = fresh.sample(MIXED, 3, 20, 1.0, seed=9)
-    fresh.model.generation_config.update(temperature=0.1, top_k=1, top_p=0.5, repetition_penalty=1.5)
-    assert [g.completions for g in fresh.sample(MIXED, 3, 20, 1.0, seed=9)] == [g.completions for g in plain]
+    own = dict(temperature=0.1, top_k=1, top_p=0.5, min_p=0.3, repetition_penalty=1.5, no_repeat_ngram_size=1, do_sample=True)
+    fresh.stock_generation_config.update(**own)
+    fresh.save(tmp_path / "qwen", {"step": 0, "sampled_tokens": 0})
+    other = Policy(tmp_path / "qwen", device="cpu")
+    assert other.stock_generation_config.top_k == 1  # kept in checkpoints
+    assert [g.completions for g in other.sample(MIXED, 3, 20, 1.0, seed=9)] == [g.completions for g in plain]
 
 
 def test_temperature_is_part_of_the_distribution(base):
@@ -147,11 +176,15 @@ def test_temperature_is_part_of_the_distribution(base):
     assert (cold[20] - cold[21]).item() == pytest.approx(6.0) and (hot[20] - hot[21]).item() == pytest.approx(1.5)
 
 
-def test_nan_logits_stop_sampling(fresh):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_neither_sample_nor_are_saved(fresh, tmp_path, value):
     with torch.no_grad():
-        fresh.parameters()[0].fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="logits are nan"):
+        fresh.parameters()[0].fill_(value)
+    with pytest.raises(FloatingPointError, match="logits are nan or infinite"):
         fresh.sample(MIXED, 2, 5, 1.0, seed=0)
+    with pytest.raises(FloatingPointError, match="weight is not finite"):
+        fresh.save(tmp_path / "step_000001", {"step": 1, "sampled_tokens": 0})
+    assert not list(tmp_path.iterdir())
 
 
 def test_placeholders_must_match_images(base):
@@ -208,6 +241,24 @@ def test_bf16(tmp_path):
 def test_unknown_model(path):
     with pytest.raises(UsageError, match=f"model {path}: no tokenizer can be loaded"):
         Policy(path)
+
+
+def test_damaged_weights_and_missing_devices(tmp_path):
+    shutil.copytree(cards.BASE, tmp_path / "cut")
+    whole = (cards.BASE / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        Policy(tmp_path / "cut", device="cpu")
+    from safetensors.torch import load_file, save_file
+
+    some = load_file(cards.BASE / "model.safetensors")
+    some.pop("model.language_model.norm.weight")
+    save_file(some, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="1 weights are missing, as model.language_model.norm.weight"):
+        Policy(tmp_path / "cut", device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="--device cuda"):
+            Policy(cards.BASE, device="cuda")
 
 
 def test_inputs_without_images(base):

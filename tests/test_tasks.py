@@ -64,6 +64,7 @@ def test_columns_map_and_choices(tmp_path):
     ("dataset", "options", "message"),
     [
         ("{geometry}", {"columns": "prompt=question"}, "no column 'question' for prompt; it has images, problem, answer"),
+        ("{geometry}", {"columns": "images=pictures"}, "no column 'pictures' for images"),
         ("{geometry}", {"columns": "picture=images"}, "unknown picture; known are prompt"),
         ("{geometry}", {"eval_prompts": 5}, "would hold out all of them"),
         ("{geometry}x.txt", {}, "cannot be loaded"),
@@ -74,6 +75,21 @@ def test_columns_map_and_choices(tmp_path):
 def test_bad_data_sets(geometry, dataset, options, message):
     with pytest.raises(UsageError, match=message):
         load_prompts(dataset.format(geometry=geometry), **{"eval_prompts": 1} | options)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ('{"problem": null, "answer": "1"}', ""),
+        ('{"problem": "?", "images": ["a.png"], "answer": "1"}', ""),
+        ('{"problem": "?", "options": "red, blue", "answer": "A"}', "choices=options"),
+    ],
+)
+def test_columns_of_the_wrong_type(tmp_path, row, columns):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(f"{row}\n" * 2)
+    with pytest.raises(UsageError, match="is not usable as"):
+        load_prompts(str(path), columns=columns, eval_prompts=1)[0][0]
 
 
 def test_text_with_more_marks_than_images(tmp_path):
