@@ -15,12 +15,13 @@ from matplotlib import pyplot
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from claims import DISTANCES, EQUAL_TOKENS, LATE_SEEDS, PLATEAU_END, PLATEAU_START, RESULTS, SCOUT, SEEDS, WINDOW
+from claims import DISTANCES, LATE_SEEDS, PLATEAU_END, PLATEAU_START, RESULTS, SCOUT, SEEDS, WINDOW
 
 from report import first_reach
 from run import read_jsonl
 
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
+HALFWAY = WINDOW // 2
 ASSETS = HERE.parent / "assets"
 
 
@@ -55,6 +56,7 @@ def early(found: dict[str, Result]) -> None:
         goal = grpo[-1]["eval/accuracy"]
         steps = [first_reach(run, goal) for run in (grpo, npo)]
         tokens = [first_reach(run, goal, "sampled_tokens") for run in (grpo, npo)]
+        assert all(steps), f"seed {seed} never reached {goal}: the mean below would hide it"
         speed.append(steps[0] / steps[1])
         cost.append(tokens[0] / tokens[1])
         print(
@@ -67,12 +69,12 @@ def early(found: dict[str, Result]) -> None:
 def is_correction(found: dict[str, Result]) -> None:
     print(f"\n### Importance-sampling correction, guided through all {WINDOW} steps, {len(SEEDS)} seeds\n")
     print(
-        f"| guide at step | its accuracy | prompts it solved | IS | speed-up to its accuracy | accuracy at {SCOUT} "
+        f"| guide at step | its accuracy | prompts it solved | IS | speed-up to its accuracy | accuracy at {HALFWAY} "
         f"| accuracy at {WINDOW} | IS minus no IS at {WINDOW} | largest ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     plain = [found[f"grpo-{seed}"] for seed in SEEDS]
-    at = [interval([run.at(step) for run in plain], 3) for step in (SCOUT, WINDOW)]
+    at = [interval([run.at(step) for run in plain], 3) for step in (HALFWAY, WINDOW)]
     print(f"| none (GRPO) | | | | 1 | {at[0]} | {at[1]} | | |")
     for distance in DISTANCES:
         accuracy = statistics.fmean(run.at(distance) for run in plain)
@@ -85,35 +87,40 @@ def is_correction(found: dict[str, Result]) -> None:
                 goal = grpo.at(distance)
                 reached = first_reach(run.evals, goal)
                 missed += reached is None
-                speed.append(first_reach(grpo.until(distance), goal) / reached if reached else 0.0)
+                speed.append(first_reach(grpo.until(distance), goal) / (reached or WINDOW))
             solved = statistics.fmean(run.line["guide_solved"] for run in runs)
             with_is = ratio == "is-correction"
             paired = interval([a - b for a, b in zip(*ends.values())], 3) if len(ends) == 2 else ""
             print(
                 f"| {distance} | {accuracy:.3f} | {solved:.0%} | {'yes' if with_is else 'no'} | {interval(speed)}"
-                f"{f' ({missed} never)' if missed else ''} | {interval([run.at(SCOUT) for run in runs], 3)} "
+                f"{f' ({missed} not in {WINDOW} steps, counted as {WINDOW})' if missed else ''} | {interval([run.at(HALFWAY) for run in runs], 3)} "
                 f"| {interval(ends[ratio], 3)} | {paired} | {max(run.line['largest_ratio'] for run in runs):.1f} |"
             )
 
 
 def late(found: dict[str, Result]) -> None:
     print(f"\n### Late breakthrough, rolled back from step {PLATEAU_END} to {PLATEAU_START}, {len(LATE_SEEDS)} seeds\n")
-    print("| run | held-out accuracy | minus GRPO, same step | minus GRPO, equal tokens | sampled tokens |")
-    print("|---|---|---|---|---|")
-    grpo, npo = ([found[f"{name}-{seed}"] for seed in LATE_SEEDS] for name in ("grpo", "late"))
-    values = {
-        f"GRPO, step {PLATEAU_START}": [run.at(PLATEAU_START) for run in grpo],
-        f"GRPO, step {PLATEAU_END}": [run.at(PLATEAU_END) for run in grpo],
-        f"NPO late, step {PLATEAU_END}": [run.at(PLATEAU_END) for run in npo],
-        f"GRPO, step {EQUAL_TOKENS} (equal tokens)": [run.at(EQUAL_TOKENS) for run in grpo],
+    print("| run | held-out accuracy | minus GRPO, same step | minus GRPO, equal tokens | step | sampled tokens |")
+    print("|---|---|---|---|---|---|")
+    grpo, npo = ([found[f"{name}-{seed}"] for seed in LATE_SEEDS] for name in ("long", "late"))
+    ends = {
+        f"GRPO, step {PLATEAU_START}": [run.until(PLATEAU_START)[-1] for run in grpo],
+        f"GRPO, step {PLATEAU_END}": [run.until(PLATEAU_END)[-1] for run in grpo],
+        f"NPO late, step {PLATEAU_END}": [run.evals[-1] for run in npo],
+        "GRPO, equal tokens": [equal_tokens(run, other) for run, other in zip(grpo, npo)],
     }
-    same, equal = list(values.values())[1], list(values.values())[3]
-    for name, accuracy in values.items():
-        step = int(name.split("step ")[1].split()[0])
-        runs = npo if name.startswith("NPO") else grpo
-        tokens = statistics.fmean(run.until(step)[-1]["sampled_tokens"] for run in runs)
-        paired = ["" if other is accuracy else interval([a - b for a, b in zip(accuracy, other)], 3) for other in (same, equal)]
-        print(f"| {name} | {interval(accuracy, 3)} | {paired[0]} | {paired[1]} | {tokens:,.0f} |")
+    accuracy = {name: [line["eval/accuracy"] for line in lines] for name, lines in ends.items()}
+    same, equal = accuracy[f"GRPO, step {PLATEAU_END}"], accuracy["GRPO, equal tokens"]
+    for name, lines in ends.items():
+        mine = accuracy[name]
+        paired = ["" if other is mine else interval([a - b for a, b in zip(mine, other)], 3) for other in (same, equal)]
+        step, tokens = (statistics.fmean(line[key] for line in lines) for key in ("step", "sampled_tokens"))
+        print(f"| {name} | {interval(mine, 3)} | {paired[0]} | {paired[1]} | {step:.0f} | {tokens:,.0f} |")
+
+
+def equal_tokens(grpo: Result, npo: Result) -> dict:
+    """The last evaluation of GRPO before it had sampled as many tokens as the whole of NPO late, scout and cache counted."""
+    return [line for line in grpo.evals if line["sampled_tokens"] <= npo.evals[-1]["sampled_tokens"]][-1]
 
 
 def band(
@@ -154,11 +161,12 @@ def figures(found: dict[str, Result]) -> None:
     finish(figure, panels, "is_correction.png")
 
     figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
-    band(axes, [found[f"grpo-{seed}"] for seed in LATE_SEEDS], "GRPO", "C0")
+    band(axes, [found[f"long-{seed}"] for seed in LATE_SEEDS], "GRPO", "C0")
     band(axes, [found[f"late-{seed}"] for seed in LATE_SEEDS], f"NPO late, back from {PLATEAU_END} to {PLATEAU_START}", "C1")
-    axes.axvline(EQUAL_TOKENS, color="grey", lw=0.8, ls=":")
-    axes.text(EQUAL_TOKENS - 2, 0.72, "NPO's tokens spent", color="grey", fontsize=8, ha="right")
-    axes.set(xlabel="step", ylabel="held-out accuracy", ylim=(0.7, 1))
+    spent = equal_tokens(found[f"long-{LATE_SEEDS[0]}"], found[f"late-{LATE_SEEDS[0]}"])["step"]
+    axes.axvline(spent, color="grey", lw=0.8, ls=":")
+    axes.text(spent - 4, 0.02, "GRPO has sampled as much\nas all of NPO late", color="grey", fontsize=8, ha="right")
+    axes.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
     finish(figure, [axes], "late.png")
 
 
