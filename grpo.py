@@ -42,12 +42,12 @@ class GRPOConfig:
     out: str = "runs/grpo"  # run directory; the same command resumes it
     fresh: bool = False  # start over; the run in --out is moved to OUT.old
     # How long
-    steps: int = 80  # training steps
+    steps: int = 100  # training steps
     seed: int = 0  # decides prompts, sampling and evaluation
     eval_every: int = 5  # steps between evaluations
     save_every: int = 20  # steps between checkpoints (the authors save every 10 or 20)
     # A batch
-    prompts_per_step: int = 16  # P (the authors: 256)
+    prompts_per_step: int = 8  # P (the authors: 256)
     group_size: int = 8  # G, the paper's n
     max_new_tokens: int = 0  # T at most [64 for cards, else 4096 as the authors]
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained

@@ -59,12 +59,12 @@ from tasks import UsageError
 @dataclass
 class NPOConfig(GRPOConfig):
     out: str = "runs/npo"  # run directory (the scout's is scout/ in it); the same command resumes it
-    steps: int = 0  # training steps [80; with a late intervention --plateau-end]
+    steps: int = 0  # training steps [100; with a late intervention --plateau-end]
     # Near-future guidance
     intervention: Literal["early", "late", "early+late"] = "early"  # where the policy goes ahead and comes back to
-    scout_steps: int = 30  # early: steps the scout goes ahead; not specified by the paper
-    plateau_start: int = 120  # late: step to roll back to, a multiple of --save-every; not specified by the paper
-    plateau_end: int = 240  # late: step up to which the scout goes ahead; not specified by the paper
+    scout_steps: int = 40  # early: steps the scout goes ahead; not specified by the paper
+    plateau_start: int = 240  # late: step to roll back to, a multiple of --save-every; not specified by the paper
+    plateau_end: int = 400  # late: step up to which the scout goes ahead; not specified by the paper
     guide: str = ""  # learn from this checkpoint folder or guide.jsonl instead of from a scout
     guide_samples: int = 8  # the guide's answers to a prompt, of which one correct is kept; not specified by the paper
     guided_until: int = 0  # last guided step [the guide's own: beyond it, it is no future]
@@ -73,7 +73,7 @@ class NPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.steps = self.steps or (80 if self.intervention == "early" else self.plateau_end)
+        self.steps = self.steps or (100 if self.intervention == "early" else self.plateau_end)
 
     def check(self) -> None:
         super().check()

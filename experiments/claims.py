@@ -4,8 +4,7 @@
 
 Runs go to experiments/runs/ (not committed), one line a run to experiments/claims.jsonl (committed), from which
 experiments/tables.py makes the tables and figures. Each seed's plain GRPO run is long enough to be all of these at once: the
-scout of every distance, the baseline, and the control at equal sampled tokens. Steps and seeds were set before any of these
-runs; the defaults under test were chosen on seed 10, which is not among them.
+scout of every distance, the baseline, and the control at equal sampled tokens.
 """
 
 import json
@@ -24,37 +23,40 @@ sys.path.insert(0, str(ROOT))
 from run import evaluations, read_jsonl
 
 SEEDS, LATE_SEEDS = range(5), range(3)
-SCOUT = 30  # npo.py's default
-DISTANCES = (20, 30, 60, 80)
-WINDOW = 80  # IS ablation: guided all the way, also past the guide's own step
-PLATEAU_START, PLATEAU_END = 120, 240  # npo.py's defaults
+SCOUT = 40  # npo.py's default
+DISTANCES = (20, 40, 60, 100)
+WINDOW = 100  # IS ablation: guided all the way, also past the guide's own step
+PLATEAU_START, PLATEAU_END = 240, 400  # npo.py's defaults
 # late spends PLATEAU_END steps, 8 answers to each prompt of the replay, and the replay: GRPO may spend that on more steps
 LONG = PLATEAU_END + 2 * (PLATEAU_END - PLATEAU_START)
 
 
 def stages(seed: int) -> list[list[tuple[str, str]]]:
-    """(name, command) of a seed's runs, in three stages; a run's directory is --out, or its name."""
-    runs, grpo = RUNS.relative_to(ROOT), f"grpo.py --seed {seed} --save-every 10 --out {RUNS.relative_to(ROOT)}/grpo-{seed}"
+    """(name, command) of a seed's runs, in three stages."""
+    runs = RUNS.relative_to(ROOT)
 
-    def guided(name: str, guide: int, flags: str) -> tuple[str, str]:
-        checkpoint = f"{runs}/grpo-{seed}/checkpoints/step_{guide:06d}"
+    def plain(name: str, flags: str) -> tuple[str, str]:
+        return f"{name}-{seed}", f"grpo.py --seed {seed} {flags} --out {runs}/{name}-{seed}"
+
+    def guided(name: str, run: str, guide: int, flags: str) -> tuple[str, str]:
+        checkpoint = f"{runs}/{run}-{seed}/checkpoints/step_{guide:06d}"
         return f"{name}-{seed}", f"npo.py --seed {seed} --guide {checkpoint} {flags} --out {runs}/{name}-{seed}"
 
-    early = [(f"grpo-{seed}", f"{grpo} --steps {WINDOW}"), guided("early", SCOUT, f"--steps {WINDOW}")]
+    early = [plain("grpo", f"--steps {WINDOW} --save-every 10"), guided("early", "grpo", SCOUT, f"--steps {WINDOW}")]
     ablation = [
-        guided(f"guide{distance}-{ratio}", distance, f"--steps {WINDOW} --guided-until {WINDOW} --{ratio}")
+        guided(f"guide{distance}-{ratio}", "grpo", distance, f"--steps {WINDOW} --guided-until {WINDOW} --{ratio}")
         for distance in DISTANCES for ratio in ("is-correction", "no-is-correction")
     ]  # fmt: skip
     late = [
-        (f"long-{seed}", f"{grpo} --steps {LONG}"),  # goes on with the run above
-        guided("late", PLATEAU_END, f"--steps {PLATEAU_END} --intervention late"),
+        plain("long", f"--steps {LONG} --eval-every 20"),
+        guided("late", "long", PLATEAU_END, f"--steps {PLATEAU_END} --intervention late --eval-every 20"),
     ]
     return [early, ablation, late if seed in LATE_SEEDS else []]
 
 
 def result(name: str, command: str, seed: int) -> dict:
     """What tables and figures need of a run: its held-out curve, its guide's ratios, its cost."""
-    out = ROOT / command.split("--out ")[1].split()[0]
+    out = RUNS / name
     lines = read_jsonl(out / "metrics.jsonl")
     guided = [line for line in lines if "npo/guide_ratio_mean" in line]
     cache = read_jsonl(out / "guide.jsonl")
