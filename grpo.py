@@ -140,7 +140,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group]
     rows = [(group.inputs, completion, advantage)
             for group, of_group, use in zip(groups, advantages.tolist(), live) if use
             for completion, advantage in zip(group.completions, of_group)]  # fmt: skip
-    metrics = {"frac_reward_zero_std": 1 - live.float().mean().item(), "loss": 0.0, "grad_norm": 0.0, "ratio": 1.0}
+    metrics = {"frac_reward_zero_std": 1 - live.float().mean().item(), "loss": 0.0, "grad_norm": 0.0}
     seen = []  # (completion, its tokens' ratios, low, high), in the first optimizer step
     for repeat in range(config.updates_per_batch if rows else 0):
         total = 0.0
@@ -166,14 +166,22 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group]
         optimizer.zero_grad()
         if repeat == 0:
             metrics |= {"loss": total, "grad_norm": norm}
-    if seen:
-        ratio, low, high = (torch.cat(values).float() for values in list(zip(*seen))[1:])
-        metrics |= {"ratio": ratio.mean().item(), "clip_ratio/low_mean": low.mean().item(),
-                    "clip_ratio/high_mean": high.mean().item()}  # fmt: skip
+    return metrics | ratio_metrics(seen)
+
+
+def ratio_metrics(seen: list[tuple]) -> dict:
+    """Importance ratios and clipping over all trained tokens, and over those of completions that the policy did not sample."""
+    if not seen:
+        return {"ratio": 1.0}
+    ratio, low, high = (torch.cat(values).float() for values in list(zip(*seen))[1:])
+    metrics = {
+        "ratio": ratio.mean().item(),
+        "clip_ratio/low_mean": low.mean().item(),
+        "clip_ratio/high_mean": high.mean().item(),
+    }
     if guided := [ratio for completion, ratio, _, _ in seen if completion.source != "policy"]:
         ratio = torch.cat(guided)
-        metrics |= {"npo/guide_ratio_mean": ratio.mean().item(), "npo/guide_ratio_min": ratio.min().item(),
-                    "npo/guide_ratio_max": ratio.max().item()}  # fmt: skip
+        metrics |= {f"npo/guide_ratio_{name}": getattr(ratio, name)().item() for name in ("mean", "min", "max")}
     return metrics
 
 

@@ -1,6 +1,6 @@
 """Near-Future Policy Optimization (arXiv 2604.20733): GRPO, but a policy also learns from its own near future.
 
-The loop is grpo.py's with one line more. That line needs a *guide*, a later checkpoint of the same run:
+The loop is grpo.py's with two lines more. They need a *guide*, a later checkpoint of the same run:
 
 1. A short GRPO run goes ahead (the *scout*); its last checkpoint is the guide.
 2. Offline, the guide answers the prompts of the steps ahead several times. One verified-correct answer a prompt is kept
@@ -212,10 +212,7 @@ def load_cache(config: NPOConfig, path: Path) -> tuple[dict, dict[str, Completio
         if header[what] != value:
             raise UsageError(f"guide cache {path}: made for another {what} ({header[what]}; this run has {value}); pass the "
                              "checkpoint itself as --guide, and a new cache will be made")  # fmt: skip
-    tokens = sum(line["sampled_tokens"] for line in lines)
-    say(f"{path}: guide@{header['guide_step']} solved {len(cache)} of {len(lines)} prompts ({len(cache) / len(lines):.0%}) "
-        f"within {header['samples']} answers, {tokens:,} tokens")  # fmt: skip
-    return header, cache, tokens
+    return header, cache, sum(line["sampled_tokens"] for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,6 +244,8 @@ def intervene(config: NPOConfig, out: Path) -> None:
         if not cache_path.is_file() or load_cache(config, cache_path)[0]["until"] < until:
             build_cache(config, guide, first_step, until, cache_path)
     header, cache, tokens = load_cache(config, cache_path)
+    say(f"{cache_path}: guide@{header['guide_step']} solved {len(cache)} of {header['prompts']} prompts "
+        f"({len(cache) / header['prompts']:.0%}) within {header['samples']} answers, {tokens:,} tokens")  # fmt: skip
     until = config.guided_until or header["until"]
     train(config, out, cache, until, start, header["guide_sampled_tokens"] + tokens)
 

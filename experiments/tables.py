@@ -44,15 +44,15 @@ class Result:
         return [line for line in self.evals if line["step"] <= step]
 
 
-def early(found: dict[str, Result]) -> None:
-    print(f"\n### Early bootstrapping, scout of {SCOUT} steps\n")
+def early(found: dict[str, Result], seeds, scout: int) -> None:
+    print(f"\n### Early bootstrapping, scout of {scout} steps\n")
     print(
         "| seed | scout's final accuracy | steps: GRPO | steps: NPO | speed-up | tokens: GRPO | tokens: NPO, all counted | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|")
     speed, cost = [], []
-    for seed in SEEDS:
-        grpo, npo = found[f"grpo-{seed}"].until(SCOUT), found[f"early-{seed}"].evals
+    for seed in seeds:
+        grpo, npo = found[f"grpo-{seed}"].until(scout), found[f"early-{seed}"].evals
         goal = grpo[-1]["eval/accuracy"]
         steps = [first_reach(run, goal) for run in (grpo, npo)]
         tokens = [first_reach(run, goal, "sampled_tokens") for run in (grpo, npo)]
@@ -180,7 +180,10 @@ def finish(figure, panels, name: str) -> None:
 
 def main() -> None:
     found = {line["name"]: Result(line) for line in read_jsonl(RESULTS)}
-    early(found)
+    early(found, SEEDS, SCOUT)
+    first = {line["name"]: Result(line) for line in read_jsonl(HERE / "claims_16_prompts.jsonl")}
+    print("\nThe first attempt, with 16 prompts a step:")
+    early(first, range(4), 30)
     is_correction(found)
     late(found)
     figures(found)
