@@ -64,7 +64,7 @@ class NPOConfig(GRPOConfig):
     intervention: Literal["early", "late", "early+late"] = "early"  # where the policy goes ahead and comes back to
     scout_steps: int = 40  # early: steps the scout goes ahead; not specified by the paper
     plateau_start: int = 240  # late: step to roll back to, a multiple of --save-every; not specified by the paper
-    plateau_end: int = 400  # late: step up to which the scout goes ahead; not specified by the paper
+    plateau_end: int = 320  # late: step up to which the scout goes ahead; not specified by the paper
     guide: str = ""  # learn from this checkpoint folder or guide.jsonl instead of from a scout
     guide_samples: int = 8  # the guide's answers to a prompt, of which one correct is kept; not specified by the paper
     guided_until: int = 0  # last guided step [the guide's own: beyond it, it is no future]

@@ -140,9 +140,9 @@ class Run:
     def evaluate(self, step: int) -> float:
         """Mean accuracy of `eval_samples` answers to each held-out prompt, sampled as in training."""
         config, right = self.config, 0.0
-        chunks = range(0, len(self.held_out), config.prompts_per_step)
-        for first in tqdm(chunks, desc="evaluate", leave=False, delay=3):
-            prompts = [self.held_out[i] for i in range(first, min(first + config.prompts_per_step, len(self.held_out)))]
+        size = max(1, config.prompts_per_step * config.group_size // config.eval_samples)  # as many sequences as in a step
+        for first in tqdm(range(0, len(self.held_out), size), desc="evaluate", leave=False, delay=3):
+            prompts = [self.held_out[i] for i in range(first, min(first + size, len(self.held_out)))]
             seed = derived_seed(config.seed, "evaluate", step, first)
             groups = self.policy.sample(prompts, config.eval_samples, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)

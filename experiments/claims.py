@@ -9,6 +9,7 @@ scout of every distance, the baseline, and the control at equal sampled tokens.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -24,9 +25,9 @@ from run import evaluations, read_jsonl
 
 SEEDS, LATE_SEEDS = range(5), range(3)
 SCOUT = 40  # npo.py's default
-DISTANCES = (20, 40, 60, 100)
-WINDOW = 100  # IS ablation: guided all the way, also past the guide's own step
-PLATEAU_START, PLATEAU_END = 240, 400  # npo.py's defaults
+DISTANCES = (10, 20, 40, 60)
+WINDOW = 60  # IS ablation: guided all the way, also past the guide's own step
+PLATEAU_START, PLATEAU_END = 240, 320  # npo.py's defaults
 # late spends PLATEAU_END steps, 8 answers to each prompt of the replay, and the replay: GRPO may spend that on more steps
 LONG = PLATEAU_END + 2 * (PLATEAU_END - PLATEAU_START)
 
@@ -38,18 +39,21 @@ def stages(seed: int) -> list[list[tuple[str, str]]]:
     def plain(name: str, flags: str) -> tuple[str, str]:
         return f"{name}-{seed}", f"grpo.py --seed {seed} {flags} --out {runs}/{name}-{seed}"
 
-    def guided(name: str, run: str, guide: int, flags: str) -> tuple[str, str]:
-        checkpoint = f"{runs}/{run}-{seed}/checkpoints/step_{guide:06d}"
-        return f"{name}-{seed}", f"npo.py --seed {seed} --guide {checkpoint} {flags} --out {runs}/{name}-{seed}"
+    def guided(name: str, guide: str, flags: str) -> tuple[str, str]:
+        return f"{name}-{seed}", f"npo.py --seed {seed} --guide {guide} {flags} --out {runs}/{name}-{seed}"
 
-    early = [plain("grpo", f"--steps {WINDOW} --save-every 10"), guided("early", "grpo", SCOUT, f"--steps {WINDOW}")]
-    ablation = [
-        guided(f"guide{distance}-{ratio}", "grpo", distance, f"--steps {WINDOW} --guided-until {WINDOW} --{ratio}")
-        for distance in DISTANCES for ratio in ("is-correction", "no-is-correction")
-    ]  # fmt: skip
+    early = [
+        plain("grpo", f"--steps {WINDOW} --save-every 10"),
+        guided("early", f"{runs}/grpo-{seed}/checkpoints/step_{SCOUT:06d}", f"--steps {WINDOW}"),
+    ]
+    ablation, flags = [], f"--steps {WINDOW} --guided-until {WINDOW} --eval-every 10"
+    for distance in DISTANCES:
+        with_is = guided(f"guide{distance}-is-correction", f"{runs}/grpo-{seed}/checkpoints/step_{distance:06d}", flags)
+        same_cache = f"{runs}/guide{distance}-is-correction-{seed}/guide.jsonl"
+        ablation += [with_is, guided(f"guide{distance}-no-is-correction", same_cache, f"{flags} --no-is-correction")]
     late = [
         plain("long", f"--steps {LONG} --eval-every 20"),
-        guided("late", "long", PLATEAU_END, f"--steps {PLATEAU_END} --intervention late --eval-every 20"),
+        guided("late", f"{runs}/long-{seed}/checkpoints/step_{PLATEAU_END:06d}", "--intervention late --eval-every 20"),
     ]
     return [early, ablation, late if seed in LATE_SEEDS else []]
 
@@ -59,7 +63,7 @@ def result(name: str, command: str, seed: int) -> dict:
     out = RUNS / name
     lines = read_jsonl(out / "metrics.jsonl")
     guided = [line for line in lines if "npo/guide_ratio_mean" in line]
-    cache = read_jsonl(out / "guide.jsonl")
+    cache = read_jsonl(out / "guide.jsonl") or read_jsonl(ROOT / re.findall(r"--guide (\S+)|$", command)[0])
     return {
         "name": name, "seed": seed, "command": "OMP_NUM_THREADS=1 python " + command,
         "commit": subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),

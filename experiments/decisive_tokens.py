@@ -24,7 +24,7 @@ from policy import Policy
 from run import checkpoint_path
 from tasks import load_prompts
 
-STEPS = (0, 10, 20, 40, 80)  # of the policy
+STEPS = (0, 10, 20, 40, 60)  # of the policy
 ANSWERS = 200  # a seed and a distance
 
 
