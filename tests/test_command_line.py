@@ -169,6 +169,16 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(command, tmp_path):
     assert (other / "checkpoints/step_000002/model.safetensors").read_bytes() == saved
 
 
+def test_a_reward_that_is_no_number_names_the_step_and_keeps_the_checkpoint(command, tmp_path):
+    """A forker's reward returns nan in step 3: 4 evaluated answers, 8 in each of two steps, 4 evaluated again."""
+    out, calls = tmp_path / "run", "import itertools; calls = itertools.count()\n"
+    broken = calls + "verifier.reward = lambda accuracy, format: accuracy if next(calls) < 24 else float('nan')\n"
+    script = GRPO[1].replace("run.command_line", broken + "run.command_line")
+    message = one_line_error(command("-c", script, *FLAGS, "--out", out, check=False))
+    assert "step 3: a reward is nan" in message and "checkpoints/step_000002" in message
+    Policy(out / "checkpoints/step_000002", device="cpu")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
 @pytest.mark.parametrize("megabytes", [3, 7])  # full while the weights, and while the optimizer is written
 def test_a_full_disk(command, tmp_path, megabytes):
