@@ -51,10 +51,10 @@ def npo(out: Path) -> None:
     for key in ("step", "sampled_tokens"):
         alone, guided = first_reach(evaluations(scout), goal, key), first_reach(evaluations(out), goal, key)
         summary[f"to_goal/{key}"] = {"scout": alone, "guided": guided, "speed_up": alone / guided if guided else None}
-    write(out, summary, {"scout (no guide)": scout, "NPO": out})
-    say(
-        f"\nThe scout went from {before['eval/accuracy_start']:.3f} to {goal:.3f} held-out accuracy in {before['steps']} steps."
-    )
+    ahead = "NPO early" if (scout / "scout").is_dir() else "GRPO"  # early+late: the run that plateaus was guided itself
+    write(out, summary, {f"scout ({ahead})": scout, "NPO": out})
+    say(f"\nThe scout ({ahead}) went from {before['eval/accuracy_start']:.3f} to {goal:.3f} held-out accuracy "
+        f"in {before['steps']} steps.")  # fmt: skip
     steps, tokens = summary["to_goal/step"], summary["to_goal/sampled_tokens"]
     if not steps["guided"]:
         say(f"NPO {'started at' if steps['guided'] == 0 else 'did not reach'} {goal:.3f} within {summary['steps']} steps.")

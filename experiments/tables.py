@@ -144,11 +144,18 @@ def figures(found: dict[str, Result]) -> None:
     for axes, key in ((left, "step"), (right, "sampled_tokens")):
         band(axes, runs["grpo"], "GRPO", "C0", key, last=WINDOW)
         band(axes, runs["early"], f"NPO, guide from step {SCOUT}", "C1", key, last=WINDOW)
+    long = [found[f"long-{seed}"] for seed in LATE_SEEDS]
+    band(right, long, f"GRPO going on, {len(long)} seeds", "C2", "sampled_tokens", "--", last=3 * WINDOW)
     left.axvline(SCOUT, color="grey", lw=0.8, ls=":")
     left.text(SCOUT + 1, 0.02, "guided until here", color="grey", fontsize=8)
     left.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1), title="by steps")
     right.set(xlabel="thousand sampled tokens", title="by all sampled tokens, scout and cache counted")
+    right.legend()
     finish(figure, (left, right), "early.png")
+    spent = statistics.fmean(run.evals[-1]["sampled_tokens"] for run in runs["early"])
+    equal = [[line for line in run.evals if line["sampled_tokens"] <= spent][-1] for run in long]
+    print(f"\nAt the {spent:,.0f} tokens that {WINDOW} steps of NPO early cost in all ({interval([r.at(WINDOW) for r in runs['early']], 3)}), "
+          f"GRPO (step {equal[0]['step']}, {len(long)} seeds) is at {interval([line['eval/accuracy'] for line in equal], 3)}.")  # fmt: skip
 
     figure, panels = pyplot.subplots(1, len(DISTANCES), figsize=(12, 3.4), layout="constrained", sharey=True)
     for axes, distance in zip(panels, DISTANCES):
