@@ -75,7 +75,10 @@ def test_killed_three_times_and_resumed_is_the_same_run(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command(*NPO, "--out", whole)
     words = [*NPO, "--out", killed]
-    killed_when(words, lambda: (killed / "scout/checkpoints/step_000002.tmp").exists(), killed)
+    slow = "import time, torch; save = torch.save; torch.save = lambda *a: (time.sleep(5), save(*a))\n"  # time to be hit
+    slowly = ["-c", NPO[1].replace("run.command_line", slow + "run.command_line"), *words[2:]]
+    killed_when(slowly, lambda: (killed / "scout/checkpoints/step_000002.tmp/state.json").exists(), killed)
+    assert not (killed / "scout/checkpoints/step_000002").exists()
     killed_when(words, lambda: len(read_jsonl(killed / "guide.jsonl.partial")) > 2, killed)
     killed_when(words, lambda: len(read_jsonl(killed / "metrics.jsonl")) > 4, killed)
     command(*words)
@@ -91,7 +94,10 @@ def test_killed_three_times_and_resumed_is_the_same_run(command, tmp_path):
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     words = [sys.executable, *map(str, [*GRPO, "--steps", 50, "--out", out])]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs inherit that it is ignored
+    )  # fmt: skip
     while len(read_jsonl(out / "metrics.jsonl")) < 4:
         assert process.poll() is None
         time.sleep(0.05)
