@@ -3,8 +3,8 @@
     python experiments/claims.py            # about half an hour on two cores; resumes where it was stopped
 
 Runs go to experiments/runs/ (not committed), one line a run to experiments/claims.jsonl (committed), from which
-experiments/tables.py makes the tables and figures. Each seed's plain GRPO run is long enough to be all of these at once: the
-scout of every distance, the baseline, and the control at equal sampled tokens.
+experiments/tables.py makes the tables and figures. Each seed's plain GRPO run is the baseline and the
+scout of every distance at once; a longer one is late's scout and the control at equal sampled tokens.
 """
 
 import json
