@@ -23,7 +23,6 @@ Intervals: bootstrap over prompts. Training: NPO from t for 30 steps, guided thr
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import threading
@@ -100,7 +99,7 @@ def tilted(policy: Policy, guide: Policy, groups: list, config: NPOConfig, seed:
         running = torch.ones(len(rows), dtype=torch.bool)
         for step in range(config.max_new_tokens):
             logprobs = []
-            for one, ids, attention, positions, cache in read:
+            for one, _, attention, positions, cache in read:
                 hidden = one.model.base_model(
                     input_ids=last, attention_mask=torch.cat([attention, attention.new_ones(len(rows), step)], dim=1),
                     position_ids=positions[:, :, -1:] + step, past_key_values=cache,
@@ -226,7 +225,8 @@ def train_from(seed: int, start: int, distance: int) -> None:
     runs = RUNS.relative_to(ROOT)
     name, end = f"signal-{start}-{distance}-{seed}", start + WINDOW
     back = f"--intervention late --plateau-start {start}" if start else ""
-    words = (f"npo.py --seed {seed} {back} --guide {checkpoint_path(runs / f"signal-grpo-{seed}", start + distance)} --steps {end} "
+    guide = checkpoint_path(runs / f"signal-grpo-{seed}", start + distance)
+    words = (f"npo.py --seed {seed} {back} --guide {guide} --steps {end} "
              f"--guided-until {end} --eval-every 1000 --out {runs}/{name}")  # fmt: skip
     command(words, name)
     write({"kind": "trained", "seed": seed, "t": start, "distance": distance, "command": words,
