@@ -83,19 +83,23 @@ class NPOConfig(GRPOConfig):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
         start, end = self.plateau_start, self.plateau_end
-        if self.intervention != "early" and not (0 < start < min(end, self.steps) and start % self.save_every == 0):
+        if self.intervention.endswith("late") and not (0 < start < min(end, self.steps) and start % self.save_every == 0):
             raise UsageError(f"--plateau-start {start}: must be a multiple of --save-every {self.save_every}, and lie before "
                              f"--plateau-end {end} and --steps {self.steps}")  # fmt: skip
+
+
+def pass_rate(group: Group) -> float:
+    """Mean accuracy (not reward) of a group's completions."""
+    return statistics.fmean(completion.accuracy for completion in group.completions)
 
 
 # EXPERIMENT HERE: whose answer takes a slot, which slot, and when.
 def replace_slot(group: Group, guide: Completion | None, gate: float = 0.6) -> Group:
     """The group with its last slot given to the guide, if its pass-rate is at most `gate` and the guide has an answer.
 
-    The pass-rate is the mean accuracy (not reward) of all n on-policy slots. The argument is never changed.
+    The pass-rate is that of all n on-policy slots. The argument is never changed.
     """
-    pass_rate = statistics.fmean(completion.accuracy for completion in group.completions)
-    if guide is None or pass_rate > gate:
+    if guide is None or pass_rate(group) > gate:
         return group
     return dataclasses.replace(group, completions=[*group.completions[:-1], guide])
 
@@ -143,8 +147,11 @@ def guide_use(step: int, groups: list[Group], mixed: list[Group]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_cache(config: NPOConfig, guide: str | Path, first_step: int, until: int, path: Path) -> None:
-    """Lets the guide answer the prompts of steps `first_step` to `until`; resumes where a kill stopped it.
+def build_cache(
+    config: NPOConfig, guide: str | Path, first_step: int, until: int, path: Path, rows: list[int] | None = None
+) -> None:
+    """Lets the guide answer the prompts of steps `first_step` to `until`, or only these rows of the data set; resumes where a kill
+    stopped it.
 
     Of its answers to a prompt the first that is correct and finished is kept. A prompt without one has a line too, with
     its pass-rate but no completion: the file is also a measurement of the guide's quality.
@@ -153,8 +160,9 @@ def build_cache(config: NPOConfig, guide: str | Path, first_step: int, until: in
         raise UsageError(f"the guide has no step to help with: guided from step {first_step} until step {until}; take a later "
                          "guide, or a larger --guided-until")  # fmt: skip
     prompt_set, _ = load_config_prompts(config)
-    steps = range(first_step, until + 1)
-    rows = list(dict.fromkeys(row for step in steps for row in rows_of_step(len(prompt_set), step, config)))
+    if rows is None:
+        steps = range(first_step, until + 1)
+        rows = list(dict.fromkeys(row for step in steps for row in rows_of_step(len(prompt_set), step, config)))
     state = checkpoint_state(guide)
     header = {
         "guide": str(guide), "guide_step": state["step"], "guide_sampled_tokens": state["sampled_tokens"],
@@ -188,7 +196,7 @@ def cache_line(group: Group, guide_step: int) -> dict:
     right = next((c for c in group.completions if c.accuracy == 1 and c.finished), None)
     return {
         "prompt_id": group.prompt.id,
-        "pass_rate": statistics.fmean(c.accuracy for c in group.completions),
+        "pass_rate": pass_rate(group),
         "sampled_tokens": sum(len(c.token_ids) for c in group.completions),
         "completion": right and asdict(dataclasses.replace(right, source=f"guide@{guide_step}")),
     }

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from run import evaluations, read_jsonl, say
+from run import evaluations, read_jsonl, say, surviving
 
 
 def first_reach(evals: list[dict], accuracy: float, key: str = "step") -> float | None:
@@ -69,6 +69,26 @@ def npo(out: Path) -> None:
     say(f"\ncurves: {out / 'curves.png'}   numbers: {out / 'summary.json'}")
 
 
+def autonpo(out: Path) -> None:
+    """The same for a run that intervened by itself: its decisions, and what they did to reward, entropy and accuracy."""
+    lines = read_jsonl(out / "metrics.jsonl")
+    decisions = [line for line in lines if "autonpo/decision" in line]
+    rollbacks = [line for line in decisions if line["autonpo/distance"]]
+    updates = sum("loss" in line for line in lines)
+    summary = totals(out) | {"updates": updates, "decisions": decisions}
+    write_summary(out, summary)
+    draw_decisions(lines, decisions, out / "curves.png")
+    say(f"\n{out}: held-out accuracy {summary['eval/accuracy_start']:.3f} -> {summary['eval/accuracy']:.3f} in {summary['steps']} steps "
+        f"({updates} with those taken back), {summary['sampled_tokens']:,} sampled tokens in all")  # fmt: skip
+    for line in decisions:
+        say(f"after step {line['autonpo/step']}: {line['autonpo/decision']}")
+    if not decisions:
+        say("no warning: this run was plain GRPO")
+    if rollbacks:
+        show_transcript(out)
+    say(f"\ncurves: {out / 'curves.png'}   numbers: {out / 'summary.json'}")
+
+
 def show_transcript(out: Path) -> None:
     line = next((line for line in read_jsonl(out / "samples.jsonl") if "guide" in line and line["reward"] < 1), None)
     if line:
@@ -77,10 +97,14 @@ def show_transcript(out: Path) -> None:
 
 
 def write(out: Path, summary: dict, runs: dict[str, Path]) -> None:
+    write_summary(out, summary)
+    draw_curves(runs, out / "curves.png")
+
+
+def write_summary(out: Path, summary: dict) -> None:
     aside = out / "summary.json.tmp"
     aside.write_text(json.dumps(summary, indent=2) + "\n")
     aside.rename(out / "summary.json")
-    draw_curves(runs, out / "curves.png")
 
 
 def draw_curves(runs: dict[str, Path], path: Path) -> None:
@@ -115,6 +139,68 @@ def draw_curves(runs: dict[str, Path], path: Path) -> None:
             axes.legend()
         else:
             axes.text(0.5, 0.5, "no guide in this run", ha="center", transform=axes.transAxes)
+    save_figure(figure, path)
+
+
+def draw_decisions(lines: list[dict], decisions: list[dict], path: Path) -> None:
+    """Reward, entropy and held-out accuracy by step, what a rollback took back in grey, and the signal that each decision saw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    reward, entropy, accuracy, seen = panels.flat
+    of_policy = [id(line) for line in surviving(lines)]
+    for axes, raw, smooth in (
+        (reward, "reward", "autonpo/reward"),
+        (entropy, "entropy", "autonpo/entropy"),
+        (accuracy, "eval/accuracy", ""),
+    ):
+        for rollbacks in range(1 + max(line.get("rollbacks", 0) for line in lines)):
+            stretch = [line for line in lines if line.get("rollbacks", 0) == rollbacks and raw in line]
+            for kept, color in ((False, "grey"), (True, "C0")):
+                some = [line for line in stretch if (id(line) in of_policy) == kept]
+                label = {"label": "taken back"} if not kept and rollbacks == 0 and some else {}
+                if smooth:
+                    axes.plot([line["step"] for line in some], [line[raw] for line in some], color=color, lw=0.5, alpha=0.4)
+                axes.plot([line["step"] for line in some], [line[smooth or raw] for line in some], color=color, **label,
+                          marker="" if smooth else ".")  # fmt: skip
+        for number, line in enumerate(decisions):
+            step, distance = line["autonpo/step"], line["autonpo/distance"]
+            if distance:
+                axes.axvline(step, color="C3", ls="--", lw=1, label="trigger")
+                axes.axvspan(step - distance, step, color="C1", alpha=0.12, lw=0, label="guided segment")
+                axes.annotate("", (step - distance, 0.04 + 0.04 * number), (step, 0.04 + 0.04 * number), color="C3",
+                              xycoords=("data", "axes fraction"), arrowprops={"arrowstyle": "->", "color": "C3"})  # fmt: skip
+            else:
+                axes.axvline(step, color="grey", ls=":", lw=1, label="warning, not confirmed")
+        axes.set(xlabel="step", ylabel={"reward": "reward, and its moving average", "entropy": "entropy (nats per token), and its moving average",
+                                        "eval/accuracy": "held-out accuracy"}[raw])  # fmt: skip
+    for line in decisions:
+        table = line["autonpo/table"]
+        (points,) = seen.plot(
+            [row["distance"] for row in table],
+            [row["signal"] for row in table],
+            "o-",
+            ms=4,
+            label=f"at step {line['autonpo/step']}",
+        )
+        for row in table:
+            if row["distance"] == line["autonpo/distance"]:
+                seen.plot(row["distance"], row["signal"], "*", ms=14, color=points.get_color())
+    seen.set(xlabel="distance D (steps), chosen: star", ylabel=r"signal $\hat S = \hat Q / \hat V$", ylim=(0, None))
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
+        if handles:
+            axes.legend(handles.values(), handles.keys(), fontsize=8)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
     aside = path.with_name("curves.tmp.png")
     figure.savefig(aside, dpi=110)
     pyplot.close(figure)

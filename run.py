@@ -52,9 +52,22 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def checkpoint_state(path: Path) -> dict:
-    """{"step", "sampled_tokens"} of a checkpoint that a run wrote; step 0 for any other model."""
+    """{"step", "sampled_tokens", and AutoNPO's "rollbacks" and "memory"} of a checkpoint of a run; step 0 for any other model."""
     state = Path(path) / "state.json"
     return json.loads(state.read_text()) if state.is_file() else {"step": 0, "sampled_tokens": 0}
+
+
+def written(line: dict) -> tuple[int, int]:
+    """When in a run a line or a checkpoint was written: AutoNPO goes back to earlier steps, with one rollback more each time."""
+    return line.get("rollbacks", 0), line["step"]
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Renamed first: what a kill leaves of it is no checkpoint."""
+    aside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -63,9 +76,19 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def surviving(lines: list[dict]) -> list[dict]:
+    """The lines that led to the policy that there is: without what a rollback took back (nothing, but in AutoNPO)."""
+    kept = []
+    for line in lines:
+        while kept and kept[-1].get("rollbacks", 0) < line.get("rollbacks", 0) and kept[-1]["step"] >= line["step"]:
+            kept.pop()
+        kept.append(line)
+    return kept
+
+
 def evaluations(out: Path) -> list[dict]:
     """The metrics lines with a held-out accuracy, by step."""
-    return [line for line in read_jsonl(Path(out) / "metrics.jsonl") if "eval/accuracy" in line]
+    return [line for line in surviving(read_jsonl(Path(out) / "metrics.jsonl")) if "eval/accuracy" in line]
 
 
 class Run:
@@ -81,13 +104,21 @@ class Run:
         open_directory(config, self.out)
         self.start_step = checkpoint_state(start)["step"] if start else 0
         done = checkpoints(self.out)
-        source = done[-1] if done else start
-        self.step = checkpoint_state(source)["step"] if source else 0
-        self.sampled_tokens = checkpoint_state(done[-1])["sampled_tokens"] if done else spent_tokens
-        self._keep_until(self.step if done else -1)
+        newest = max(done, key=lambda path: written(checkpoint_state(path)), default=None)
+        source = newest or start
+        state = checkpoint_state(newest) if newest else {"step": self.start_step, "sampled_tokens": spent_tokens}
+        self.step, self.sampled_tokens = state["step"], state["sampled_tokens"]
+        self.rollbacks, self.memory = state.get("rollbacks", 0), state.get("memory", {})  # AutoNPO's
+        if self.rollbacks:
+            self._forget_after(self.step)  # where a kill came between the rollback and this
+        self._keep_until(written(state) if newest else (0, -1))
         if self.step >= config.steps:
             return  # all done: no model needs loading
         self.train_prompts, self.held_out = load_config_prompts(config)
+        self._load(source)
+
+    def _load(self, source: Path | None) -> None:
+        config = self.config
         self.policy = Policy(source or model_path(config), config.device, config.dtype, config.train_vision)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         if source and (Path(source) / "optimizer.pt").is_file():
@@ -123,9 +154,11 @@ class Run:
         if self.step < self.config.steps and not (self.out / "metrics.jsonl").is_file():
             self._write("metrics.jsonl", {"step": self.step, "sampled_tokens": self.sampled_tokens,
                                           "eval/accuracy": self.evaluate(self.step)})  # fmt: skip
-        bar = tqdm(range(self.step + 1, self.config.steps + 1), initial=self.step, total=self.config.steps,
-                   desc=self.out.name, unit="step", disable=self.step >= self.config.steps)  # fmt: skip
-        yield from bar
+        with tqdm(total=self.config.steps, initial=self.step, desc=self.out.name, unit="step",
+                  disable=self.step >= self.config.steps) as bar:  # fmt: skip
+            while self.step < self.config.steps:
+                yield self.step + 1
+                bar.update(self.step - bar.n)
 
     def sample(self, step: int) -> list[Group]:
         """The groups of a step: its prompts, each answered G times by the policy."""
@@ -153,16 +186,9 @@ class Run:
         """Logs the step, evaluates and saves where it is due. `trained`: the groups after slot replacement, if any."""
         self.clock.append(time.perf_counter())
         generate, train = self.clock[1] - self.clock[0], self.clock[2] - self.clock[1]
-        completions = [c for group in groups for c in group.completions]
-        lengths = [len(c.token_ids) for c in completions]
         metrics = {
             "step": step,
-            "accuracy": statistics.fmean(c.accuracy for c in completions),
-            "reward": statistics.fmean(c.reward for c in completions),
-            "reward_std": statistics.fmean(statistics.stdev(c.reward for c in g.completions) for g in groups),
-            "entropy": -sum(sum(c.behavior_logprobs) for c in completions) / sum(lengths),
-            "completions/mean_length": statistics.fmean(lengths),
-            "completions/clipped_ratio": statistics.fmean(not c.finished for c in completions),
+            **answer_metrics(groups),
             **stats,
             "sampled_tokens": self.sampled_tokens,
             "step_time": generate + train, "time/generate": generate, "time/train": train,
@@ -173,20 +199,51 @@ class Run:
         self._write("metrics.jsonl", metrics)
         self._write("samples.jsonl", transcript(step, groups, trained or groups))
         tqdm.write(step_line(metrics, self.config))
-        if last or step % self.config.save_every == 0:
-            state = {"step": step, "sampled_tokens": self.sampled_tokens}
-            self.policy.save(checkpoint_path(self.out, step), state, self.optimizer)
         self.step = step
+        if last or step % self.config.save_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        self.policy.save(checkpoint_path(self.out, self.step), self._state(), self.optimizer)
+
+    def _state(self) -> dict:
+        state = {"step": self.step, "sampled_tokens": self.sampled_tokens}
+        return state | ({"rollbacks": self.rollbacks, "memory": self.memory} if self.memory else {})
+
+    def log(self, line: dict) -> None:
+        """A line of metrics.jsonl that is no step's."""
+        self._write("metrics.jsonl", line)
+
+    def roll_back(self, step: int, memory: dict) -> None:
+        """Goes back to the checkpoint of an earlier step: weights, optimizer, and step; `memory` is what goes on from there.
+
+        It has happened once that checkpoint's state.json is replaced, which is atomic: a kill before leaves the run where it was.
+        """
+        path = checkpoint_path(self.out, step)
+        self.policy = self.optimizer = None  # no two of them in memory
+        self._load(path)
+        self.step, self.rollbacks, self.memory = step, self.rollbacks + 1, memory
+        aside = path / "state.json.tmp"
+        aside.write_text(json.dumps(self._state()))
+        aside.rename(path / "state.json")
+        self._forget_after(step)
+
+    def _forget_after(self, step: int) -> None:
+        for path in checkpoints(self.out):
+            if path > checkpoint_path(self.out, step):
+                remove_checkpoint(path)
 
     def _write(self, name: str, line: dict) -> None:
+        if self.rollbacks:
+            line = line | {"rollbacks": self.rollbacks}
         with open(self.out / name, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _keep_until(self, step: int) -> None:
+    def _keep_until(self, last: tuple[int, int]) -> None:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path, aside = self.out / name, self.out / f"{name}.tmp"
             if path.is_file():
-                kept = [line for line in read_jsonl(path) if line["step"] <= step]
+                kept = [line for line in read_jsonl(path) if written(line) <= last]
                 aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 aside.rename(path) if kept else (aside.unlink(), path.unlink())
 
@@ -275,6 +332,20 @@ def command_line(config_class, entry) -> None:
             raise
         raise SystemExit(f"error: no space left on the disk of --out {config.out}; nothing finished is lost: free some, "
                          "then the same command resumes") from None  # fmt: skip
+
+
+def answer_metrics(groups: list[Group]) -> dict:
+    """What the policy's own answers say of it."""
+    completions = [c for group in groups for c in group.completions]
+    lengths = [len(c.token_ids) for c in completions]
+    return {
+        "accuracy": statistics.fmean(c.accuracy for c in completions),
+        "reward": statistics.fmean(c.reward for c in completions),
+        "reward_std": statistics.fmean(statistics.stdev(c.reward for c in g.completions) for g in groups),
+        "entropy": -sum(sum(c.behavior_logprobs) for c in completions) / sum(lengths),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/clipped_ratio": statistics.fmean(not c.finished for c in completions),
+    }
 
 
 def say(text: str) -> None:
