@@ -1,9 +1,9 @@
 """Q, V and S measured on checkpoints of real runs, and whether training gains peak where S does.
 
-    python experiments/signal_curve.py           # about 40 minutes on two cores; resumes where it was stopped
+    python experiments/signal_curve.py           # about 50 minutes on two cores; resumes where it was stopped
     python experiments/signal_curve.py figure    # tables, and assets/signal_curve.png, from experiments/signal_curve.jsonl alone
 
-For each of three seeds, a plain GRPO run with a checkpoint every 10 steps; t is its base, or its step 100; a guide is its checkpoint t + D.
+For each of five seeds, a plain GRPO run with a checkpoint every 10 steps; t is its base, its step 60 or 100; a guide is its checkpoint t + D.
 Prompts are the 256 that the steps after t ask. Of each, the policy samples G = 8 answers and the guide 8. The policy *fails* a prompt
 where none of its 8 is right.
 
@@ -42,8 +42,8 @@ from npo import NPOConfig, replace_slot
 from policy import Policy
 from run import checkpoint_path, derived_seed, evaluations, load_config_prompts, model_path, read_jsonl, rows_of_step
 
-SEEDS, STARTS, DISTANCES = range(3), (0, 100), (10, 20, 30, 40, 60, 80, 100, 140, 200, 300)
-STEPS, WINDOW, PROMPTS, CHUNK, RESAMPLED = 400, 30, 256, 32, 300
+SEEDS, STARTS, DISTANCES = range(5), (0, 60, 100), (10, 20, 30, 40, 60, 80, 100, 140, 200, 300)
+STEPS, WINDOW, PROMPTS, CHUNK, RESAMPLED = 400, 30, 256, 32, 200
 PATHS = 4  # tilted samples a prompt
 
 
@@ -195,7 +195,8 @@ def measure(seed: int, start: int) -> None:
             spread, mean = gradient_variance(gram, count[places]) if enough else (None, 0)
             line["gradient"], line["gradient_relative"] = spread, spread / mean if mean > 0 else None
             replicates.append(line)
-        point, *resampled = [{k: v if v is None else float(f"{v:.5g}") for k, v in line.items()} for line in replicates]
+        point, *resampled = [{k: v if v is None else float(f"{v:.{digits}g}") for k, v in line.items()}
+                             for line, digits in zip(replicates, [5] + [3] * RESAMPLED)]  # fmt: skip
         write({
             "kind": "measured", "seed": seed, "t": start, "distance": distance, "failed": int(failed.sum()),
             **point, "moment_ess": effective(moments), "answers": len(moments), "naive": float(numpy.mean(numpy.square(w))),
