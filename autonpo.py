@@ -108,9 +108,9 @@ class MistakePool:
 
     def observe(self, step: int, pass_rates: dict[int, float], config: AutoNPOConfig) -> None:
         """One step's pass-rates by row: admits failures, releases what is solved now, drops what is too old or too much."""
-        for row, pass_rate in pass_rates.items():
+        for row, solved in pass_rates.items():
             self.failed_at.pop(row, None)
-            if pass_rate <= config.mistake_pass_rate:
+            if solved <= config.mistake_pass_rate:
                 self.failed_at[row] = step
         young = [(row, at) for row, at in self.failed_at.items() if at > step - config.max_distance]
         self.failed_at = dict(young[-config.pool_size :])

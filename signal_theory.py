@@ -30,8 +30,9 @@ beta / k. For T tokens, each (5) given its prefix, the sum over sequences is a p
 NPO's own objective weighs token by token, rho_s = p(o_s | o_<s) / q(o_s | o_<s): not unbiased as (1) is, but its variance
 does not multiply up with T. Both are enumerated below.
 
-Signal.  Q(D) is the share of p's failed prompts that q solves. Assume (c) Q(0) = 0, Q increasing, concave, differentiable. Then
-(log Q)' = Q'/Q falls strictly from infinity to 0. If (d) (log V)' is positive and does not fall, as in (4) taken as an equality and in exp(k D^2),
+Signal.  Q(D) is the share of p's failed prompts that q solves. Assume (c) Q(0) = 0, Q increasing, concave, differentiable; it is at
+most 1. Then (log Q)' = Q'/Q falls strictly from infinity to 0. If (d) (log V)' is positive for D > 0 and does not fall, as it
+is with (4) taken as an equality and with exp(k D^2),
 
     (8)  (log S)' = Q'/Q - (log V)'   has exactly one zero D*:  S = Q/V has one maximum, its inverse V/Q is U-shaped with one minimum.
 
@@ -92,22 +93,6 @@ def second_moment(p, q) -> float:
         return float(numpy.sum(p[p > 0] ** 2 / q[p > 0]))
 
 
-def fit(distances, qualities, variances) -> tuple[float, float, float]:
-    """(alpha, beta, D*) of measured points: Q = c (1 - exp(-alpha D)) by least squares, log V = beta D through the origin.
-
-    D* is nan where a fit does not fall inside (beta <= 0: the variance did not grow), 1 / beta in the limit of a straight Q.
-    """
-    distances, qualities = numpy.asarray(distances, float), numpy.asarray(qualities, float)
-    beta = float(distances @ numpy.log(variances) / (distances @ distances))
-    errors = {}
-    for alpha in numpy.geomspace(1e-4, 1, 2000):
-        shape = quality(distances, alpha)
-        scale = shape @ qualities / (shape @ shape)
-        errors[float(alpha)] = float(((qualities - scale * shape) ** 2).sum())
-    alpha = min(errors, key=errors.get)
-    return alpha, beta, optimal_distance(alpha, beta) if beta > 0 else math.nan
-
-
 def golden_section(cost, low: float, high: float, tolerance: float = 1e-9) -> float:
     """Minimises a function with one minimum between `low` and `high`; it needs no derivative and no formula."""
     shrink = (math.sqrt(5) - 1) / 2
@@ -149,15 +134,19 @@ def log_partition(z):
     return numpy.logaddexp.reduce(z, axis=-1)
 
 
+def contexts(tokens, size: int):
+    """(N, T): the row of theta that each token of the sequences (N, T) is drawn from."""
+    return numpy.concatenate([numpy.full((len(tokens), 1), size), tokens[:, :-1]], axis=1)
+
+
 def token_logprobs(theta, tokens):
     """(N, T) log-probs of the sequences `tokens` (N, T)."""
-    before = numpy.concatenate([numpy.full((len(tokens), 1), theta.shape[1]), tokens[:, :-1]], axis=1)
-    return (theta - log_partition(theta)[:, None])[before, tokens]
+    return (theta - log_partition(theta)[:, None])[contexts(tokens, theta.shape[1]), tokens]
 
 
-def all_sequences(vocabulary: int, length: int):
-    """(vocabulary^length, length)"""
-    return numpy.array(list(product(range(vocabulary), repeat=length)))
+def log_moments(theta, moved):
+    """(V + 1,): equation (5) for the next token, by the token before it."""
+    return log_partition(theta + moved) - 2 * log_partition(theta) + log_partition(theta - moved)
 
 
 def draw(theta, length: int, count: int, random):
@@ -173,9 +162,8 @@ def draw(theta, length: int, count: int, random):
 def closed_form(theta, drift, distance: float, length: int) -> float:
     """E_q[w^2] by equations (5) and (7), q = theta + distance * drift."""
     moved = distance * drift
-    log_moment = log_partition(theta + moved) - 2 * log_partition(theta) + log_partition(theta - moved)  # (V + 1,), of a token
     tilted = numpy.exp(theta - moved - log_partition(theta - moved)[:, None])  # (V + 1, V): p^2/q, normalised
-    m = numpy.exp(log_moment)[:, None] * tilted  # p^2/q
+    m = numpy.exp(log_moments(theta, moved))[:, None] * tilted  # p^2/q
     total = numpy.ones(theta.shape[1])
     for _ in range(length - 1):
         total = m[:-1] @ total
@@ -198,7 +186,7 @@ def gradients(theta, drift, distance: float, tokens, advantage) -> tuple[numpy.n
     """Of each sequence its gradient (N, parameters) with the sequence's weight, equation (1), and with a weight a token, as NPO."""
     length, size = tokens.shape[1], theta.shape[1]
     p = numpy.exp(theta - log_partition(theta)[:, None])
-    before = numpy.concatenate([numpy.full((len(tokens), 1), size), tokens[:, :-1]], axis=1)
+    before = contexts(tokens, size)
     scores = numpy.zeros((*tokens.shape, *theta.shape))  # (N, T, V + 1, V): gradient of each token's log-prob
     n, t = numpy.indices(tokens.shape)
     scores[n, t, before] -= p[before]
@@ -219,7 +207,7 @@ def total_variance(gradient, weight) -> float:
 def enumerated(theta, drift, distance: float, length: int) -> dict[str, float]:
     """Second moment of the weight and variance of both gradients, over all sequences. A sequence is right where its tokens' sum
     is a multiple of 3; its advantage is its reward minus the mean."""
-    tokens = all_sequences(theta.shape[1], length)
+    tokens = numpy.array(list(product(range(theta.shape[1]), repeat=length)))  # all of them
     p = numpy.exp(token_logprobs(theta, tokens).sum(axis=1))
     q = numpy.exp(token_logprobs(theta + distance * drift, tokens).sum(axis=1))
     reward = (tokens.sum(axis=1) % 3 == 0).astype(float)
@@ -232,26 +220,23 @@ def enumerated(theta, drift, distance: float, length: int) -> dict[str, float]:
     }
 
 
-def monte_carlo(theta, drift, distance: float, length: int, count: int, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """(estimate, half of its 95 % band) of E_q[w^2], and the effective sample size, from `count` sequences, two ways.
+def monte_carlo(theta, drift, distance: float, length: int, count: int, seed: int = 0) -> dict[str, tuple[float, ...]]:
+    """(estimate, half of its 95 % band, effective sample size) of E_q[w^2] from `count` sequences, two ways.
 
-    naive: the mean of w^2 over o ~ q. Far away, the sequences that carry the mean are never drawn: it falls below its own
-    lower bound 1, with a narrow band.
+    naive: the mean of w^2 over o ~ q. Far away the sequences that carry the mean are never drawn: it stays near 1 or falls below,
+    with a band that does not reach the truth. The effective sample size tells.
     tilted: o ~ r, r(o_t | o_<t) proportional to p^2/q, and the mean of the product of r's normalisers,
     prod_t sum_v p(v)^2/q(v). The sum over o of r times that product is (7): unbiased, and never below 1.
     """
-    random, moved = numpy.random.default_rng(seed), theta + distance * drift
-    tokens = draw(moved, length, count, random)
-    w = numpy.exp((token_logprobs(theta, tokens) - token_logprobs(moved, tokens)).sum(axis=1))
-    path = draw(2 * theta - moved, length, count, random)  # the logits of p^2/q
-    before = numpy.concatenate([numpy.full((count, 1), theta.shape[1]), path[:, :-1]], axis=1)
-    log_moment = log_partition(moved) - 2 * log_partition(theta) + log_partition(2 * theta - moved)
-    tilted = numpy.exp(log_moment[before].sum(axis=1))
-
-    def band(values):
-        return float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(count))
-
-    return {"naive": band(w**2), "tilted": band(tilted), "ess": (float(w.sum() ** 2 / (w**2).sum()), 0.0)}
+    random, moved = numpy.random.default_rng(seed), distance * drift
+    tokens = draw(theta + moved, length, count, random)
+    w = numpy.exp((token_logprobs(theta, tokens) - token_logprobs(theta + moved, tokens)).sum(axis=1))
+    path = draw(theta - moved, length, count, random)  # theta - moved: the logits of p^2/q
+    products = numpy.exp(log_moments(theta, moved)[contexts(path, theta.shape[1])].sum(axis=1))
+    found = {}
+    for name, x in (("naive", w**2), ("tilted", products)):
+        found[name] = x.mean(), 1.96 * x.std(ddof=1) / math.sqrt(count), x.sum() ** 2 / (x**2).sum()
+    return found
 
 
 def small_policy(vocabulary: int = 4, seed: int = 0):
@@ -271,49 +256,51 @@ DISTANCES, LENGTH, LENGTHS, SAMPLES = (0, 2, 4, 8, 16, 32, 64, 256), 5, (1, 2, 3
 def print_growth(theta, drift) -> None:
     k, beta = growth_rates(theta, drift, LENGTH)
     print(
-        f"Variance growth: {theta.shape[1]}^{LENGTH} sequences enumerated; k = {k:.2e}, beta = {beta:.3f}, they cross at D = {beta / k:.0f}"
+        f"V = E[w^2] over {theta.shape[1]}^{LENGTH} sequences; k {k:.2e}, beta {beta:.3f}: the laws cross at D = {beta / k:.0f}"
     )
-    print("  D   closed form  enumerated  tilted Monte Carlo    naive Monte Carlo, ESS         bound exp(bD)  local exp(kD^2)  "
-          "gradient variance  by token")  # fmt: skip
+    print("  D  closed form  enumerated  tilted Monte Carlo, ESS        naive Monte Carlo, ESS         exp(beta D)  exp(k D^2)  closer  "
+          "gradient variance: sequence, token")  # fmt: skip
     at_zero = enumerated(theta, drift, 0, LENGTH)
     for distance in DISTANCES:
-        exact, drawn = enumerated(theta, drift, distance, LENGTH), monte_carlo(theta, drift, distance, LENGTH, SAMPLES)
-        print(f"{distance:4d}  {closed_form(theta, drift, distance, LENGTH):11.4g} {exact['second_moment']:11.4g}  "
-              f"{drawn['tilted'][0]:9.4g} +- {drawn['tilted'][1]:<8.2g} {drawn['naive'][0]:9.4g} +- {drawn['naive'][1]:<8.2g} "
-              f"{drawn['ess'][0]:6.0f}  {variance(distance, beta):13.4g}  {local_variance(distance, k):15.4g}  "
-              f"{exact['gradient'] / at_zero['gradient']:16.4g}x  {exact['gradient_by_token'] / at_zero['gradient_by_token']:8.4g}x")  # fmt: skip
+        exact, closed = enumerated(theta, drift, distance, LENGTH), closed_form(theta, drift, distance, LENGTH)
+        drawn = monte_carlo(theta, drift, distance, LENGTH, SAMPLES)
+        bound, local = variance(distance, beta), local_variance(distance, k)
+        closer = "" if distance == 0 else "bound" if math.log(bound / closed) < abs(math.log(local / closed)) else "local"
+        columns = "  ".join(f"{mean:9.4g} +- {half:<7.2g} {ess:6.0f}" for mean, half, ess in (drawn["tilted"], drawn["naive"]))
+        print(f"{distance:3d}  {closed:11.5g}  {exact['second_moment']:10.5g}  {columns}  {bound:11.4g}  {local:10.4g}  {closer:6}  "
+              f"{exact['gradient'] / at_zero['gradient']:9.4g}, {exact['gradient_by_token'] / at_zero['gradient_by_token']:.4g}")  # fmt: skip
 
 
 def print_lengths(theta, drift, distance: int = 16) -> None:
-    print(
-        f"\nGrowth with length, D = {distance}\n  T   log V   log V / T   k          beta    log of gradient variance, x of D = 0: whole sequence, by token"
-    )
+    print(f"\nGrowth with T at D = {distance}\n  T  log V  log V / T  k         beta   log gradient variance: sequence, token")
     for length in LENGTHS:
         log_v, (k, beta) = math.log(closed_form(theta, drift, distance, length)), growth_rates(theta, drift, length)
         now, zero = enumerated(theta, drift, distance, length), enumerated(theta, drift, 0, length)
         whole, by_token = (math.log(now[key] / zero[key]) for key in ("gradient", "gradient_by_token"))
-        print(f"{length:3d}  {log_v:6.3f}  {log_v / length:10.3f}   {k:.2e}  {beta:6.3f}   {whole:6.3f}, {by_token:6.3f}")
+        print(f"{length:3d}  {log_v:.3f}  {log_v / length:9.3f}  {k:.2e}  {beta:.3f}  {whole:.3f}, {by_token:.3f}")
 
 
 def print_optimum() -> None:
-    print("\nD* = ln(1 + alpha/beta)/alpha   closed form   golden section   grid of 0.1    S(D*)")
+    print("\nD* = ln(1 + alpha/beta)/alpha           closed form  golden section  grid of 0.1  S(D*)")
     moves = {
         "early": EARLY,
-        "slower learning only": (MIDDLE[0], EARLY[1]),
-        "slower drift only": (EARLY[0], MIDDLE[1]),
+        "slower learning": (MIDDLE[0], EARLY[1]),
+        "slower drift": (EARLY[0], MIDDLE[1]),
         "mid-training": MIDDLE,
     }
     grid = numpy.arange(0.1, 500, 0.1)
     for name, (alpha, beta) in moves.items():
-        best = optimal_distance(alpha, beta)
-        golden = golden_section(lambda d: variance(d, beta) / quality(d, alpha), 1e-3, 500)  # the U: V / Q
-        on_grid = grid[numpy.argmax(signal(quality(grid, alpha), variance(grid, beta)))]
+
+        def cost(distance, alpha=alpha, beta=beta):  # the U
+            return variance(distance, beta) / quality(distance, alpha)
+
+        best, golden, on_grid = optimal_distance(alpha, beta), golden_section(cost, 1e-3, 500), grid[numpy.argmin(cost(grid))]
         print(
-            f"  {name:21} {alpha:.4f} {beta:.4f}  {best:6.2f}  {golden:14.2f}  {on_grid:13.1f}  {signal(quality(best, alpha), variance(best, beta)):9.3f}"
+            f"{name:15}  alpha {alpha:.4f}  beta {beta:.4f}  {best:9.2f}  {golden:14.2f}  {on_grid:11.1f}  {1 / cost(best):.3f}"
         )
     for name, (distance, s) in counter_examples().items():
         found = [f"{distance[i]:.0f}" for i in local_maxima(s)]
-        print(f"  {name}: {len(found)} interior maxima{' at D = ' + ' and '.join(found) if found else ', S rises to the end'}")
+        print(f"{name}: {'maxima at D = ' + ' and '.join(found) if found else 'no interior maximum, S rises to the end'}")
 
 
 def measured(run: Path) -> list[dict]:
@@ -324,9 +311,7 @@ def measured(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     found = [line for line in lines if line.get("autonpo/table")]
     if not found:
-        raise SystemExit(
-            f"error: --run {run}: no Q and V were measured in it (no warning in an AutoNPO run, or another method's run)"
-        )
+        raise SystemExit(f"error: --run {run}: no Q and V in it: not an AutoNPO run, or one without a confirmed warning")
     return found
 
 
@@ -349,12 +334,7 @@ def draw_figure(theta, drift, decisions: list[dict], path: Path) -> None:
         v.fill_between(distance, low, high, color=color, alpha=0.4, label=f"Monte Carlo, {name}: 95 % band")
     for key, style, name in (("gradient", "C4-.", "whole sequence"), ("gradient_by_token", "C5-.", "by token")):
         v.plot(distance, [e[key] / exact[0][key] for e in exact], style, label=f"gradient variance, {name}")
-    v.set(
-        yscale="log",
-        ylim=(0.5, exact[-1]["second_moment"] * 10),
-        title=f"V: {theta.shape[1]} tokens, T = {LENGTH}",
-        ylabel="V(D)",
-    )
+    v.set(yscale="log", ylim=(0.5, exact[-1]["second_moment"] * 10), title=f"V: {theta.shape[1]} tokens, T = {LENGTH}")
     for d in (4, 16, 64):
         length.plot(LENGTHS, [math.log(closed_form(theta, drift, d, t)) for t in LENGTHS], "o-", label=f"D = {d}")
     length.set(title="log V grows with length", xlabel="T (tokens)", ylabel="log V")
@@ -370,10 +350,9 @@ def draw_figure(theta, drift, decisions: list[dict], path: Path) -> None:
         s.plot(best, top, f"{color}o")
         cost.plot(best, 1 / top, f"{color}o")
     for decision in decisions:
-        table = decision["autonpo/table"]
-        at = [row["distance"] for row in table]
-        for axes, values in ((q, [r["quality"] for r in table]), (v, [r["variance"] for r in table]), (s, [r["signal"] for r in table]),
-                             (cost, [1 / r["signal"] if r["signal"] else math.nan for r in table])):  # fmt: skip
+        at, good, noisy = zip(*((row["distance"], row["quality"], row["variance"]) for row in decision["autonpo/table"]))
+        inverse = [b / a if a else math.nan for a, b in zip(good, noisy)]
+        for axes, values in ((q, good), (v, noisy), (s, numpy.divide(good, noisy)), (cost, inverse)):
             axes.plot(at, values, "x-", color="grey", lw=0.8, label=f"measured at step {decision['autonpo/step']}")
     q.set(title="Q: failed prompts that the guide solves", ylim=(0, 1))
     s.set(title="S = Q / V: one maximum")

@@ -41,6 +41,7 @@ import verifier
 from npo import NPOConfig, replace_slot
 from policy import Policy
 from run import checkpoint_path, derived_seed, evaluations, load_config_prompts, model_path, read_jsonl, rows_of_step
+from signal_theory import optimal_distance, quality
 
 SEEDS, STARTS, DISTANCES = range(5), (0, 60, 100), (10, 20, 30, 40, 60, 80, 100, 140, 200, 300)
 STEPS, WINDOW, PROMPTS, CHUNK, RESAMPLED = 400, 30, 256, 32, 200
@@ -204,6 +205,22 @@ def measure(seed: int, start: int) -> None:
             "guided_groups": len(mixed),
             "bootstrap": {key: [line[key] for line in resampled] for key in point},
         })  # fmt: skip
+
+
+def fit(distances, qualities, variances) -> tuple[float, float, float]:
+    """(alpha, beta, D*) of measured points: Q = c (1 - exp(-alpha D)) by least squares, log V = beta D through the origin.
+
+    D* is nan where a fit does not fall inside (beta <= 0: the variance did not grow), 1 / beta in the limit of a straight Q.
+    """
+    distances, qualities = numpy.asarray(distances, float), numpy.asarray(qualities, float)
+    beta = float(distances @ numpy.log(variances) / (distances @ distances))
+    errors = {}
+    for alpha in numpy.geomspace(1e-4, 1, 2000):
+        shape = quality(distances, alpha)
+        scale = shape @ qualities / (shape @ shape)
+        errors[float(alpha)] = float(((qualities - scale * shape) ** 2).sum())
+    alpha = min(errors, key=errors.get)
+    return alpha, beta, optimal_distance(alpha, beta) if beta > 0 else numpy.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
