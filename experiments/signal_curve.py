@@ -23,6 +23,7 @@ Intervals: bootstrap over prompts. Training: NPO from t for 30 steps, guided thr
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -289,6 +290,115 @@ def main() -> None:
                 future.result()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and the picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+VARIANCES = {
+    "moment": "(a) second moment",
+    "gradient_relative": "(b) gradient, noise to signal",
+    "gradient": "(b) gradient, raw",
+    "kl": "(c) exp KL",
+}
+RESOLVED = 10  # an effective sample size below which a mean is a handful of answers: shown, marked, and not fitted
+
+
+def pooled(lines: list[dict], key: str) -> numpy.ndarray:
+    """Of one t and D, the mean over seeds (of a variance: the geometric mean), and the same of each bootstrap replicate."""
+    values = numpy.array([[line[key], *line["bootstrap"][key]] for line in lines], float)  # (seeds, 1 + replicates)
+    with numpy.errstate(invalid="ignore"):
+        return numpy.nanmean(values, axis=0) if key == "quality" else numpy.exp(numpy.nanmean(numpy.log(values), axis=0))
+
+
+def ranks(values) -> numpy.ndarray:
+    return numpy.argsort(numpy.argsort(values)).astype(float)
+
+
+def figure() -> None:
+    from tables import finish, interval, pyplot
+
+    lines = read_jsonl(RESULTS)
+    plain = {line["seed"]: dict(line["evaluations"]) for line in lines if line["kind"] == "grpo"}
+    picture, grid = pyplot.subplots(len(STARTS), 4, figsize=(15, 3.4 * len(STARTS)), layout="constrained", squeeze=False)
+    for start, (q_axes, v_axes, s_axes, gain_axes) in zip(STARTS, grid):
+        by_distance = {d: sorted((line for line in lines if line["kind"] == "measured" and (line["t"], line["distance"]) == (start, d)),
+                                 key=lambda line: line["seed"]) for d in (0, *DISTANCES)}  # fmt: skip
+        assert all(len(found) == len(SEEDS) for found in by_distance.values()), f"t = {start}: not all measured yet"
+        q = numpy.array([pooled(by_distance[d], "quality") for d in DISTANCES])  # (D, 1 + replicates)
+        gains = {d: [line["eval/accuracy"] - plain[line["seed"]][start + WINDOW] for line in lines
+                     if line["kind"] == "trained" and (line["t"], line["distance"]) == (start, d)] for d in DISTANCES}  # fmt: skip
+        assert all(len(found) == len(SEEDS) for found in gains.values()), f"t = {start}: not all trained yet"
+        mean_gain = [statistics.fmean(found) for found in gains.values()]
+        resolved = [min(line["moment_ess"] for line in by_distance[d]) >= RESOLVED for d in DISTANCES]
+        v = {key: numpy.array([pooled(by_distance[d], key) for d in DISTANCES]) for key in VARIANCES}
+        s = {key: q / value for key, value in v.items()}
+
+        failed = statistics.fmean(line["failed"] for line in by_distance[0])
+        asked_again = pooled(by_distance[0], "quality")[0]
+        accuracy = statistics.fmean(curve[start] for curve in plain.values())
+        print(
+            f"\n### t = {start}: accuracy {accuracy:.3f}, {failed:.0f} of {PROMPTS} prompts failed; asked again the policy solves {asked_again:.2f} of them\n"
+        )
+        print(
+            "| D | Q | V (a) | ESS (a) | naive (a), ESS | tilted E[w^2], ESS | V (b) noise/signal | V (b) raw | V (c) | S (a) | S (b) | S (c) | gain of training [95 %] |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+        for i, d in enumerate(DISTANCES):
+            found = by_distance[d]
+            least = {key: min(line[key] for line in found) for key in ("moment_ess", "naive_ess", "tilted_ess")}
+            naive, tilt = (statistics.geometric_mean(line[key] for line in found) for key in ("naive", "tilted"))
+            low, high = numpy.percentile(q[i, 1:], [2.5, 97.5])
+            print(f"| {d} | {q[i, 0]:.2f} [{low:.2f}, {high:.2f}] | {v['moment'][i, 0]:.3g}{'' if resolved[i] else ' *'} | {least['moment_ess']:.0f} "
+                  f"| {naive:.2g}, {least['naive_ess']:.0f} | {tilt:.2g}, {least['tilted_ess']:.0f} | {v['gradient_relative'][i, 0]:.1f} "
+                  f"| {v['gradient'][i, 0]:.3f} | {v['kl'][i, 0]:.3f} | {s['moment'][i, 0]:.2g} | {s['gradient_relative'][i, 0]:.3f} "
+                  f"| {s['kl'][i, 0]:.3f} | {interval(gains[d], 3)} |")  # fmt: skip
+        print(
+            "\n| S of | largest at D [95 % of resamplings] | fitted alpha, beta | fitted D* | log V grows as D^ | rank correlation of S with the gain |"
+        )
+        print("|---|---|---|---|---|---|")
+        for key, name in VARIANCES.items():
+            best = numpy.array(DISTANCES)[numpy.nanargmax(s[key], axis=0)]
+            low, high = numpy.percentile(best[1:], [2.5, 97.5])
+            use = [i for i in range(len(DISTANCES)) if (key != "moment" or resolved[i]) and v[key][i, 0] > 1]
+            fitted, law = "", ""
+            if key in ("moment", "kl") and len(use) > 1:
+                at = numpy.array(DISTANCES, float)[use]
+                alpha, beta, d_star = fit(at, q[use, 0], v[key][use, 0])
+                fitted = f"{alpha:.4f}, {beta:.4f} | {d_star:.0f}"
+                law = f"{numpy.polyfit(numpy.log(at), numpy.log(numpy.log(v[key][use, 0])), 1)[0]:.1f} ({len(use)} points)"
+            rank = numpy.corrcoef(ranks(s[key][:, 0]), ranks(mean_gain))[0, 1]
+            print(f"| {name} | {best[0]} [{low:.0f}, {high:.0f}] | {fitted or '|'} | {law} | {rank:.2f} |")
+        print(f"| Q alone | | | | | {numpy.corrcoef(ranks(q[:, 0]), ranks(mean_gain))[0, 1]:.2f} |")
+        top = DISTANCES[int(numpy.argmax(mean_gain))]
+        print(f"\nGain largest at D = {top}: {interval(gains[top], 3)}")
+
+        low, high = numpy.percentile(q[:, 1:], [2.5, 97.5], axis=1)
+        q_axes.fill_between(DISTANCES, low, high, alpha=0.3)
+        q_axes.plot(DISTANCES, q[:, 0], "o-", ms=3)
+        q_axes.set(ylim=(0, 1), ylabel=f"t = {start} (accuracy {accuracy:.2f})", title="Q")
+        for color, (key, name) in enumerate(VARIANCES.items()):
+            for axes, values in ((v_axes, v[key]), (s_axes, s[key] / s[key][:, :1].max())):
+                low, high = numpy.nanpercentile(values[:, 1:], [2.5, 97.5], axis=1)
+                axes.fill_between(DISTANCES, low, high, color=f"C{color}", alpha=0.15, lw=0)
+                axes.plot(DISTANCES, values[:, 0], "o-", ms=3, color=f"C{color}", label=name)
+        far = [i for i, known in enumerate(resolved) if not known]
+        v_axes.plot(
+            numpy.array(DISTANCES)[far], v["moment"][far, 0], "C0x", ms=8, label="(a) not resolved: few answers carry it"
+        )
+        v_axes.set(yscale="log", ylim=(0.02, 1e12), title="V")
+        s_axes.set(ylim=(0, 1.3), title="S = Q / V, as a share of its largest")
+        half = [2.776 * statistics.stdev(found) / len(found) ** 0.5 for found in gains.values()]  # Student's t, 5 seeds
+        gain_axes.errorbar(DISTANCES, mean_gain, half, fmt="o-", ms=3, capsize=3, color="C4")
+        gain_axes.axhline(0, color="grey", lw=0.8)
+        gain_axes.set(title=f"gain over GRPO after {WINDOW} guided steps")
+    v_axes.legend(fontsize=7)
+    for axes in grid.flat:
+        axes.set(xscale="log", xlabel="D (steps)", xticks=[10, 20, 40, 100, 300], xticklabels=["10", "20", "40", "100", "300"])
+    for axes in list(grid.flat)[1:]:
+        axes.grid(alpha=0.3)
+    finish(picture, [v_axes], "signal_curve.png")
+
+
 if __name__ == "__main__":
     what, *numbers = sys.argv[1:] or ["all"]
-    {"all": main, "measure": measure}[what](*map(int, numbers))
+    {"all": main, "measure": measure, "figure": figure}[what](*map(int, numbers))

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 ALLOWED = {
     "verifier": set(),
+    "signal_theory": set(),
     "cards": set(),
     "tasks": {"cards"},
     "policy": {"tasks"},
@@ -15,6 +16,7 @@ ALLOWED = {
     "report": {"run"},
     "grpo": {"verifier", "tasks", "policy", "run", "report"},
     "npo": {"verifier", "tasks", "policy", "run", "report", "grpo"},
+    "autonpo": {"verifier", "tasks", "policy", "run", "report", "grpo", "npo", "signal_theory"},
 }
 
 
