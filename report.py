@@ -73,7 +73,6 @@ def autonpo(out: Path) -> None:
     """The same for a run that intervened by itself: its decisions, and what they did to reward, entropy and accuracy."""
     lines = read_jsonl(out / "metrics.jsonl")
     decisions = [line for line in lines if "autonpo/decision" in line]
-    rollbacks = [line for line in decisions if line["autonpo/distance"]]
     updates = sum("loss" in line for line in lines)
     summary = totals(out) | {"updates": updates, "decisions": decisions}
     write_summary(out, summary)
@@ -84,8 +83,7 @@ def autonpo(out: Path) -> None:
         say(f"after step {line['autonpo/step']}: {line['autonpo/decision']}")
     if not decisions:
         say("no warning: this run was plain GRPO")
-    if rollbacks:
-        show_transcript(out)
+    show_transcript(out)
     say(f"\ncurves: {out / 'curves.png'}   numbers: {out / 'summary.json'}")
 
 
@@ -149,52 +147,56 @@ def draw_decisions(lines: list[dict], decisions: list[dict], path: Path) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    alive = surviving(lines)
+    lost = [line for line in lines if not any(line is other for other in alive)]
+    stretches = [[line for line in lost if line.get("rollbacks", 0) == number] for number in range(len(decisions))]
     figure, panels = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    reward, entropy, accuracy, seen = panels.flat
-    of_policy = [id(line) for line in surviving(lines)]
-    for axes, raw, smooth in (
-        (reward, "reward", "autonpo/reward"),
-        (entropy, "entropy", "autonpo/entropy"),
-        (accuracy, "eval/accuracy", ""),
-    ):
-        for rollbacks in range(1 + max(line.get("rollbacks", 0) for line in lines)):
-            stretch = [line for line in lines if line.get("rollbacks", 0) == rollbacks and raw in line]
-            for kept, color in ((False, "grey"), (True, "C0")):
-                some = [line for line in stretch if (id(line) in of_policy) == kept]
-                label = {"label": "taken back"} if not kept and rollbacks == 0 and some else {}
-                if smooth:
-                    axes.plot([line["step"] for line in some], [line[raw] for line in some], color=color, lw=0.5, alpha=0.4)
-                axes.plot([line["step"] for line in some], [line[smooth or raw] for line in some], color=color, **label,
-                          marker="" if smooth else ".")  # fmt: skip
-        for number, line in enumerate(decisions):
-            step, distance = line["autonpo/step"], line["autonpo/distance"]
-            if distance:
-                axes.axvline(step, color="C3", ls="--", lw=1, label="trigger")
-                axes.axvspan(step - distance, step, color="C1", alpha=0.12, lw=0, label="guided segment")
-                axes.annotate("", (step - distance, 0.04 + 0.04 * number), (step, 0.04 + 0.04 * number), color="C3",
-                              xycoords=("data", "axes fraction"), arrowprops={"arrowstyle": "->", "color": "C3"})  # fmt: skip
-            else:
-                axes.axvline(step, color="grey", ls=":", lw=1, label="warning, not confirmed")
-        axes.set(xlabel="step", ylabel={"reward": "reward, and its moving average", "entropy": "entropy (nats per token), and its moving average",
-                                        "eval/accuracy": "held-out accuracy"}[raw])  # fmt: skip
-    for line in decisions:
+    *by_step, seen = panels.flat
+    shown = (("reward", "autonpo/reward", "reward"), ("entropy", "autonpo/entropy", "entropy (nats per token)"),
+             ("eval/accuracy", "eval/accuracy", "held-out accuracy"))  # fmt: skip
+    for axes, (raw, smooth, name) in zip(by_step, shown):
+        for some, style in (
+            *((stretch, {"color": "grey", "label": "taken back"}) for stretch in stretches),
+            (alive, {"color": "C0"}),
+        ):
+            some = [line for line in some if raw in line and smooth in line]
+            if some and raw != smooth:
+                axes.plot(
+                    [line["step"] for line in some], [line[raw] for line in some], lw=0.5, alpha=0.4, color=style["color"]
+                )
+            if some:
+                axes.plot(
+                    [line["step"] for line in some],
+                    [line[smooth] for line in some],
+                    marker="" if raw != smooth else ".",
+                    **style,
+                )
+        for height, line in enumerate(decisions, 1):
+            step, back = line["autonpo/step"], line["autonpo/step"] - line["autonpo/distance"]
+            if back == step:
+                axes.axvline(step, color="grey", ls=":", lw=1, label="warning, no rollback")
+                continue
+            axes.axvline(step, color="C3", ls="--", lw=1, label="trigger")
+            axes.axvspan(back, step, color="C1", alpha=0.12, lw=0, label="guided segment")
+            axes.annotate("", (back, 0.04 * height), (step, 0.04 * height), xycoords=("data", "axes fraction"),
+                          arrowprops={"arrowstyle": "->", "color": "C3"})  # fmt: skip
+        axes.set(xlabel="step", ylabel=name if raw == smooth else f"{name}, and its moving average")
+    for number, line in enumerate(decisions):
         table = line["autonpo/table"]
-        (points,) = seen.plot(
-            [row["distance"] for row in table],
-            [row["signal"] for row in table],
-            "o-",
-            ms=4,
-            label=f"at step {line['autonpo/step']}",
-        )
-        for row in table:
-            if row["distance"] == line["autonpo/distance"]:
-                seen.plot(row["distance"], row["signal"], "*", ms=14, color=points.get_color())
-    seen.set(xlabel="distance D (steps), chosen: star", ylabel=r"signal $\hat S = \hat Q / \hat V$", ylim=(0, None))
+        seen.plot([row["distance"] for row in table], [row["signal"] for row in table], f"C{number}o-", ms=4,
+                  label=f"after step {line['autonpo/step']}")  # fmt: skip
+        chosen = [row for row in table if row["distance"] == line["autonpo/distance"]]
+        seen.plot([row["distance"] for row in chosen], [row["signal"] for row in chosen], f"C{number}*", ms=14)
+    seen.set(
+        xlabel="distance D (steps), chosen: star",
+        ylabel=r"signal $\hat S = \hat Q / \hat V$",
+        ylim=(0, 1.05 * seen.get_ylim()[1]),
+    )
     for axes in panels.flat:
         axes.grid(alpha=0.3)
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels())))  # each label once
-        if handles:
-            axes.legend(handles.values(), handles.keys(), fontsize=8)
+        once = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
+        if once:
+            axes.legend(once.values(), once.keys(), fontsize=8)
     save_figure(figure, path)
 
 
