@@ -62,12 +62,12 @@ class AutoNPOConfig(NPOConfig):
     # Mistake pool
     mistake_pass_rate: float = 0.25  # a prompt enters the pool at a pass-rate of at most this; not specified by the paper
     pool_size: int = 512  # prompts in the pool; beyond it the oldest go; not specified by the paper
-    max_distance: int = 100  # age in steps at which prompts and checkpoints go: the largest D; not specified by the paper
+    max_distance: int = 100  # largest D; older prompts and checkpoints are dropped; not specified by the paper
     # Warning
     ema_decay: float = 0.9  # of the moving averages of reward and entropy; not specified by the paper
-    patience: int = 20  # the reward stagnates where its average has gained less than ...; not specified by the paper
-    min_gain: float = 0.0  # ... this in that many steps; not specified by the paper [0.04 for cards, else 0.01]
-    entropy_drop: float = 0.3  # share by which the average entropy is below its peak; not specified by the paper
+    patience: int = 20  # steps without a gain of --min-gain after which the reward stagnates; not specified by the paper
+    min_gain: float = 0.0  # what the average reward has to gain [0.04 for cards, else 0.01]; not specified by the paper
+    entropy_drop: float = 0.3  # share of its peak that the average entropy has to have lost; not specified by the paper
     # Confirmation
     probe_prompts: int = 128  # prompts of the pool that the probe asks; not specified by the paper
     probe_samples: int = 4  # answers to each; not specified by the paper
@@ -83,7 +83,9 @@ class AutoNPOConfig(NPOConfig):
     guided_until: int = field(init=False, default=NPOConfig.guided_until)
 
     def __post_init__(self):
+        steps = self.steps  # NPOConfig takes 0 for a default
         super().__post_init__()
+        self.steps = steps
         self.min_gain = self.min_gain or (0.04 if self.dataset == "cards" else 0.01)
 
     def check(self) -> None:
@@ -91,6 +93,12 @@ class AutoNPOConfig(NPOConfig):
         for name in ("pool_size", "max_distance", "patience", "probe_prompts", "probe_samples", "min_slice", "cooldown"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if not self.min_gain > 0:
+            raise UsageError(f"--min-gain {self.min_gain}: must be above 0")
+        if self.min_slice > self.probe_prompts:
+            raise UsageError(
+                f"--min-slice {self.min_slice}: the probe asks fewer prompts than that, --probe-prompts {self.probe_prompts}"
+            )
         for name in ("mistake_pass_rate", "ema_decay", "entropy_drop", "confirm_pass_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0 and below 1")
@@ -133,15 +141,16 @@ class Monitor:
     entropy: float = 0.0
     best_reward: float | None = None  # the average at its last gain of `min_gain` ...
     best_step: int = 0  # ... and when that was
-    peak_entropy: float = 0.0
+    peak_entropy: float = 0.0  # so far
     quiet_until: int = 0
 
     def observe(self, step: int, reward: float, entropy: float, config: AutoNPOConfig) -> None:
         self.seen += 1
-        rate = max(1 - config.ema_decay, 1 / self.seen)  # a plain mean, until there is enough for a moving average
+        span = round(1 / (1 - config.ema_decay))  # steps that a moving average averages; before as many, it is their plain mean
+        rate = 1 / min(self.seen, span)
         self.reward += rate * (reward - self.reward)
         self.entropy += rate * (entropy - self.entropy)
-        if self.seen * (1 - config.ema_decay) >= 1:  # before, the average is mostly its first values' noise
+        if self.seen >= span:
             self.peak_entropy = max(self.peak_entropy, self.entropy)
             if self.best_reward is None or self.reward >= self.best_reward + config.min_gain:
                 self.best_reward, self.best_step = self.reward, step
@@ -173,8 +182,12 @@ def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> in
 
 
 @torch.no_grad()
-def token_kl(groups: list[Group], old: Policy, config: AutoNPOConfig) -> float:
-    """Mean per-token KL(pi(t) || old), in nats, from answers that pi(t) sampled: the mean of log pi(t) - log old over their tokens."""
+def token_kl(groups: list[Group], path: Path, config: AutoNPOConfig) -> float:
+    """Mean per-token KL(pi(t) || old), in nats, from answers that pi(t) sampled: the mean of log pi(t) - log old over their tokens.
+
+    `path` is the old policy's checkpoint.
+    """
+    old = Policy(path, config.device, config.dtype)
     rows = [(group.inputs, c) for group in groups for c in group.completions]
     total = 0.0
     for first in range(0, len(rows), config.micro_batch_size):
@@ -209,19 +222,25 @@ def decide(run: Run, pool: MistakePool, config: AutoNPOConfig) -> dict:
     if overall < config.confirm_pass_rate or not rows:
         return line | {"autonpo/decision": f"stay: of {len(rows)} mistakes probed the policy solves {overall:.2f}, "
                                            f"below {config.confirm_pass_rate:g}"}  # fmt: skip
-    quality, variance = {}, {}
+    count, quality, variance = {}, {}, {}
     for path in tqdm(checkpoints(run.out), desc="V^ of each checkpoint", leave=False, delay=3):
         distance = run.step - int(path.name.removeprefix("step_"))
         sliced = [pass_rates[row] for row in pool.since(run.step - distance) if row in pass_rates]
         if 0 < distance <= config.max_distance and len(sliced) >= config.min_slice:
-            old = Policy(path, config.device, config.dtype)
-            quality[distance], variance[distance] = statistics.fmean(sliced), math.exp(token_kl(groups, old, config))
+            count[distance], quality[distance] = len(sliced), statistics.fmean(sliced)
+            variance[distance] = math.exp(token_kl(groups, path, config))
     best = select_rollback(quality, variance)
-    line |= {
-        "autonpo/distance": best,
-        "autonpo/table": [{"distance": d, "quality": quality[d], "variance": variance[d], "signal": signal(quality[d], variance[d])}
-                          for d in sorted(quality)],
-    }  # fmt: skip
+    line["autonpo/distance"] = best
+    line["autonpo/table"] = [
+        {
+            "distance": d,
+            "prompts": count[d],
+            "quality": quality[d],
+            "variance": variance[d],
+            "signal": signal(quality[d], variance[d]),
+        }
+        for d in sorted(quality)
+    ]
     if not best:
         why = (
             "at no distance is anything solved" if quality else f"no checkpoint has {config.min_slice} probed mistakes after it"
@@ -243,15 +262,16 @@ def intervene(run: Run, pool: MistakePool, monitor: Monitor, reason: str, config
     """Decides, says so, and rolls back if that is the decision. A kill anywhere in here, and the same is decided again."""
     now, line = run.step, {"step": run.step + 1, "autonpo/step": run.step, "autonpo/reason": reason}
     line |= decide(run, pool, config)
-    distance, tokens = line["autonpo/distance"], 0
-    if distance:
-        rows = pool.since(now - distance)
-        path = cache_path(run.out, now)
-        if not path.is_file():
-            build_cache(config, checkpoint_path(run.out, now), now - distance + 1, now, path, rows)
+    if distance := line["autonpo/distance"]:
+        rows, path = pool.since(now - distance), cache_path(run.out, now)
+        build_cache(config, checkpoint_path(run.out, now), now - distance + 1, now, path, rows, run.policy)
         _, cache, tokens = load_cache(config, path)
-        line["autonpo/decision"] += f", guided on {len(cache)} of {len(rows)} mistakes until step {now}"
-    run.sampled_tokens += tokens
+        run.sampled_tokens += tokens
+        if cache:
+            line["autonpo/decision"] += f", guided on {len(cache)} of {len(rows)} mistakes until step {now}"
+        else:
+            distance = line["autonpo/distance"] = 0
+            line["autonpo/decision"] = f"stay: asked for the cache, the policy solves none of {len(rows)} mistakes"
     run.log(line | {"sampled_tokens": run.sampled_tokens})
     say(described(line))
     if not distance:
@@ -263,7 +283,7 @@ def intervene(run: Run, pool: MistakePool, monitor: Monitor, reason: str, config
 
 
 def described(line: dict) -> str:
-    table = [f"  D {row['distance']:4d}   Q^ {row['quality']:.3f}   V^ {row['variance']:.4f}   S^ {row['signal']:.3f}"
+    table = [f"  D {row['distance']:4d}   Q^ {row['quality']:.3f} of {row['prompts']:3d} prompts   V^ {row['variance']:.4f}   S^ {row['signal']:.3f}"
              for row in line["autonpo/table"]]  # fmt: skip
     return "\n".join([f"after step {line['autonpo/step']}: warning: {line['autonpo/reason']}", 
                       f"  probe of {line['autonpo/probed']} mistakes: {line['autonpo/pass_rate']:.2f} solved", *table,

@@ -148,13 +148,17 @@ def guide_use(step: int, groups: list[Group], mixed: list[Group]) -> dict:
 
 
 def build_cache(
-    config: NPOConfig, guide: str | Path, first_step: int, until: int, path: Path, rows: list[int] | None = None
-) -> None:
-    """Lets the guide answer the prompts of steps `first_step` to `until`, or only these rows of the data set; resumes where a kill
-    stopped it.
+    config: NPOConfig, guide: str | Path, first_step: int, until: int, path: Path,
+    rows: list[int] | None = None, policy: Policy | None = None,
+) -> None:  # fmt: skip
+    """Lets the guide answer the prompts of steps `first_step` to `until`; resumes where a kill stopped it.
 
     Of its answers to a prompt the first that is correct and finished is kept. A prompt without one has a line too, with
     its pass-rate but no completion: the file is also a measurement of the guide's quality.
+
+    Args:
+        rows: only these rows of the data set.
+        policy: the guide, where it is loaded already.
     """
     if until < first_step:
         raise UsageError(f"the guide has no step to help with: guided from step {first_step} until step {until}; take a later "
@@ -168,17 +172,19 @@ def build_cache(
         "guide": str(guide), "guide_step": state["step"], "guide_sampled_tokens": state["sampled_tokens"],
         "first_step": first_step, "until": until,
         "dataset": prompt_set.fingerprint, "tokenizer": tokenizer_fingerprint(load_tokenizer(model_path(config))),
-        "prompts": len(rows), "samples": config.guide_samples, "temperature": config.temperature,
+        "prompts": len(rows), "rows": f"{derived_seed(rows):x}", "samples": config.guide_samples, "temperature": config.temperature,
     }  # fmt: skip
     if (theirs := tokenizer_fingerprint(load_tokenizer(guide))) != header["tokenizer"]:
         raise UsageError(f"--guide {guide}: its tokenizer ({theirs}) is not that of the policy {config.model} "
                          f"({header['tokenizer']}); token ids would mean other words. Take a checkpoint of the same model")  # fmt: skip
+    if read_jsonl(path)[:1] == [header]:
+        return  # it is there
     partial, size = path.with_name(path.name + ".partial"), config.prompts_per_step
     lines = read_jsonl(partial)
     lines = lines[: 1 + (len(lines) - 1) // size * size] if lines[:1] == [header] else [header]
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    policy = Policy(guide, config.device, config.dtype)
+    policy = policy or Policy(guide, config.device, config.dtype)
     name = f"guide@{state['step']} answers {config.guide_samples} times"
     with open(partial, "a") as file, tqdm(total=len(rows), initial=len(lines) - 1, desc=name, unit="prompt") as bar:
         for first in range(len(lines) - 1, len(rows), size):

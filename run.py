@@ -103,6 +103,8 @@ class Run:
         self.config, self.out = config, Path(out)
         open_directory(config, self.out)
         self.start_step = checkpoint_state(start)["step"] if start else 0
+        for leftover in self.out.glob("checkpoints/*.tmp"):  # of a kill while one was written or removed
+            shutil.rmtree(leftover)
         done = checkpoints(self.out)
         newest = max(done, key=lambda path: written(checkpoint_state(path)), default=None)
         source = newest or start
@@ -265,7 +267,9 @@ def open_directory(config, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"--out {out}: a file stands where the directory should; choose another one") from error
-    begun = any((out / name).exists() for name in ("metrics.jsonl", "scout", "guide.jsonl", "guide.jsonl.partial"))
+    begun = any(
+        (out / name).exists() for name in ("metrics.jsonl", "checkpoints", "scout", "guide.jsonl", "guide.jsonl.partial")
+    )
     if theirs is not None and begun:
         differ = [k for k in mine if k not in ONLY_FOR_THE_MACHINE and theirs.get(k, mine[k]) != mine[k]]
         if "steps" in differ and theirs["steps"] < mine["steps"]:

@@ -22,10 +22,12 @@ exponential of z - D d, so that with the log-partition a(z) = log sum_v exp z_v
     (5)  log E_q[w^2] = a(z + D d) - 2 a(z) + a(z - D d),
     (6)  = k D^2 + O(D^4) near 0,  k = Var_p(d) (the Fisher information along the drift);    slope max d - min d far away.
 
-So the *local* law is exp(k D^2), and the exponential (4), with beta = max d - min d, is what it turns into beyond D of about
-beta / k. For T tokens, each (5) given its prefix, the sum over sequences is a product of T transfer matrices m(a, b) = p(b|a)^2/q(b|a):
+So one token's *local* law is exp(k D^2), and the exponential (4), with beta = max d - min d, is what it turns into beyond D of
+about beta / k. For T tokens, each drawn given the one before it, p^2/q multiplies along the sequence, and the sum over sequences is a
+product of matrices m(a, b) = p(b|a)^2 / q(b|a), the first of them the row of the first token's p^2/q:
 
-    (7)  E_q[w^2] = 1' m_1 m_2 ... m_T 1:    log V grows in proportion to T, and both k and beta do.
+    (7)  E_q[w^2] = m_1 m_2 ... m_T 1:    log V grows with T, each token adding the same in the end (from the first one on, where
+                                          tokens are independent); k and beta are sums over the T tokens, and (4) holds with that beta.
 
 NPO's own objective weighs token by token, rho_s = p(o_s | o_<s) / q(o_s | o_<s): not unbiased as (1) is, but its variance
 does not multiply up with T. Both are enumerated below.
@@ -61,7 +63,7 @@ import numpy
 
 def quality(distance, alpha):
     """Q(D) = 1 - exp(-alpha D): share of failed prompts that a guide D steps ahead solves. `alpha` is per step."""
-    return 1 - numpy.exp(-alpha * distance)
+    return -numpy.expm1(-alpha * distance)
 
 
 def variance(distance, beta):
@@ -93,11 +95,11 @@ def second_moment(p, q) -> float:
         return float(numpy.sum(p[p > 0] ** 2 / q[p > 0]))
 
 
-def golden_section(cost, low: float, high: float, tolerance: float = 1e-9) -> float:
+def golden_section(cost, low: float, high: float) -> float:
     """Minimises a function with one minimum between `low` and `high`; it needs no derivative and no formula."""
     shrink = (math.sqrt(5) - 1) / 2
     left, right = high - shrink * (high - low), low + shrink * (high - low)
-    while high - low > tolerance:
+    while high - low > 1e-9 * high:
         if cost(left) < cost(right):
             high, right = right, left
             left = high - shrink * (high - low)
@@ -183,7 +185,9 @@ def growth_rates(theta, drift, length: int) -> tuple[float, float]:
 
 
 def gradients(theta, drift, distance: float, tokens, advantage) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Of each sequence its gradient (N, parameters) with the sequence's weight, equation (1), and with a weight a token, as NPO."""
+    """Of each sequence its gradient (N, parameters) with the sequence's weight, equation (1), and with a weight a token, as NPO.
+
+    Both with the mean over the sequence's tokens, so s is divided by T."""
     length, size = tokens.shape[1], theta.shape[1]
     p = numpy.exp(theta - log_partition(theta)[:, None])
     before = contexts(tokens, size)
@@ -308,7 +312,7 @@ def measured(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise SystemExit(f"error: --run {run}: has no metrics.jsonl; give a run directory of autonpo.py")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a run that goes on may have half a last line
     found = [line for line in lines if line.get("autonpo/table")]
     if not found:
         raise SystemExit(f"error: --run {run}: no Q and V in it: not an AutoNPO run, or one without a confirmed warning")
@@ -375,6 +379,8 @@ def main(run: Path | None = None, out: Path = Path("signal_theory.png")) -> None
         run: an AutoNPO run directory, whose measured Q, V and S are drawn too.
         out: the picture.
     """
+    if not out.resolve().parent.is_dir():
+        raise SystemExit(f"error: --out {out}: there is no such folder")
     decisions = measured(run) if run else []
     theta, drift = small_policy()
     print_growth(theta, drift)

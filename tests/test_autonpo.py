@@ -13,6 +13,7 @@ from conftest import ROOT
 
 import autonpo
 import grpo
+import npo
 import policy as policy_module
 from autonpo import AutoNPOConfig, MistakePool, Monitor, select_rollback
 from policy import Policy
@@ -23,6 +24,13 @@ from tasks import UsageError
 def lucky(response, gold, choices=None) -> bool:
     """Stands in for the verifier where a few steps of the tiny base must find some right answers, and some wrong."""
     return zlib.crc32(response.encode()) % 3 == 0
+
+
+TINY = dict(prompts_per_step=2, group_size=4, eval_prompts=4, eval_samples=1, eval_every=2, save_every=2, max_new_tokens=40,
+            micro_batch_size=8, lr=1e-3, temperature=1.7, device="cpu")  # fmt: skip
+# everything is a mistake, nothing is progress, any entropy has fallen: the first look that the cooldown allows triggers
+EAGER = dict(TINY, guide_samples=3, mistake_pass_rate=0.9, max_distance=4, ema_decay=0.5, patience=1, min_gain=5.0, entropy_drop=0.0,
+             probe_prompts=5, probe_samples=2, confirm_pass_rate=0.0, min_slice=1, cooldown=3, steps=9)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,8 +120,8 @@ def test_the_reason_names_its_numbers():
         monitor.observe(step, climb(step), collapse(step), WATCH)
     reason = monitor.warning(130, WATCH)
     assert (
-        "reward average 0.600, no gain of 0.03 since step" in reason and "59% below its peak 0.978" in reason
-    )  # the average of steps 1 to 5 is the first that counts
+        "reward average 0.600, no gain of 0.03 since step" in reason and "59% below its peak 0.982" in reason
+    )  # the mean of steps 1 to 5, 0.982, is the first that counts
 
 
 def test_noise_around_a_level_never_triggers():
@@ -163,8 +171,9 @@ def test_select_rollback(quality, variance, distance):
     assert (quality, variance) == before
 
 
-def test_token_kl_is_the_mean_over_tokens(fresh, base, prompts):
+def test_token_kl_is_the_mean_over_tokens(fresh, base, prompts, tmp_path):
     """Against the definition, on a policy that has moved; answers of different lengths; any micro-batch."""
+    base.save(tmp_path / "old", {})
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(4)))
@@ -177,20 +186,92 @@ def test_token_kl_is_the_mean_over_tokens(fresh, base, prompts):
     assert len({len(c.token_ids) for group in groups for c in group.completions}) > 1
     for size in (3, 100):
         config = AutoNPOConfig(temperature=1.3, micro_batch_size=size)
-        assert autonpo.token_kl(groups, base, config) == pytest.approx(sum(terms) / len(terms), abs=1e-5)
+        assert autonpo.token_kl(groups, tmp_path / "old", config) == pytest.approx(sum(terms) / len(terms), abs=1e-5)
     assert sum(terms) / len(terms) > 0.01
-    assert autonpo.token_kl(groups, fresh, config) == pytest.approx(0, abs=1e-5)
+    fresh.save(tmp_path / "same", {})
+    assert autonpo.token_kl(groups, tmp_path / "same", config) == pytest.approx(0, abs=1e-5)
+
+
+class HandmadeRun:
+    """At step 6, with checkpoints of steps 2, 4 and 6, each a different policy, and five mistakes of known age."""
+
+    step, sampled_tokens = 6, 100
+
+    def __init__(self, out: Path, policy: Policy, prompts):
+        self.out, self.policy, self.train_prompts, self.logged, self.rolled_back = out, policy, prompts, [], []
+        for step in (2, 4, 6):
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.manual_seed(step)))
+            policy.save(
+                checkpoint_path(out, step), {"step": step, "sampled_tokens": 50, "memory": {"monitor": {"best_step": step}}}
+            )
+
+    def log(self, line):
+        self.logged.append(line)
+
+    def roll_back(self, step, memory):
+        self.rolled_back.append((step, memory))
+
+
+HANDMADE = AutoNPOConfig(**dict(EAGER, max_distance=4, probe_prompts=5, probe_samples=6, guide_samples=6, min_slice=2))
+FAILED = {50: 1, 59: 2, 64: 3, 70: 5, 71: 6}  # row: step
+
+
+def test_what_a_decision_measures(fresh, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("verifier.is_correct", lucky)
+    made, pool = HandmadeRun(tmp_path, fresh, prompts), MistakePool(dict(FAILED))
+    line = autonpo.decide(made, pool, HANDMADE)
+    rows, groups = autonpo.probe(made, pool, HANDMADE)  # the same again: its seed is the step's
+    assert sorted(rows) == sorted(FAILED)
+    right = {row: [c.accuracy for c in group.completions] for row, group in zip(rows, groups)}
+    assert len({sum(values) for values in right.values()}) > 1
+    spent = sum(len(c.token_ids) for group in groups for c in group.completions)
+    assert made.sampled_tokens == 100 + 2 * spent
+    assert line["autonpo/pass_rate"] == pytest.approx(sum(map(sum, right.values())) / 30)
+    slices = {2: [70, 71], 4: [64, 70, 71]}  # failed in the last 2 and 4 steps; 6, now itself, is no distance
+    assert [row["distance"] for row in line["autonpo/table"]] == [2, 4]
+    for row in line["autonpo/table"]:
+        mine = slices[row["distance"]]
+        assert row["prompts"] == len(mine)
+        assert row["quality"] == pytest.approx(sum(sum(right[one]) for one in mine) / (6 * len(mine)))
+        old = Policy(checkpoint_path(tmp_path, 6 - row["distance"]), device="cpu")
+        terms = [mine - theirs for group in groups for c in group.completions
+                 for mine, theirs in zip(c.behavior_logprobs, old.logprobs([(group.inputs, c.token_ids)], 1.7)[0][0].tolist())]  # fmt: skip
+        assert row["variance"] == pytest.approx(math.exp(sum(terms) / len(terms)), rel=1e-4)
+    far = autonpo.decide(made, pool, dataclasses.replace(HANDMADE, min_slice=3))
+    assert [row["distance"] for row in far["autonpo/table"]] == [4]  # two prompts are too few
+    near = autonpo.decide(made, pool, dataclasses.replace(HANDMADE, max_distance=2))
+    assert [row["distance"] for row in near["autonpo/table"]] == [2]
+
+
+def test_exactly_the_chosen_slice_is_cached_and_weights_go_back(fresh, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("verifier.is_correct", lucky)
+    made, pool, monitor = HandmadeRun(tmp_path, fresh, prompts), MistakePool(dict(FAILED)), Monitor(best_step=6)
+    monkeypatch.setattr(autonpo, "select_rollback", lambda quality, variance: 4)
+    autonpo.intervene(made, pool, monitor, "because", HANDMADE)
+    asked = [int(line["prompt_id"].rsplit(":", 1)[-1]) for line in read_jsonl(tmp_path / "guide_000006.jsonl")[1:]]
+    assert asked == [64, 70, 71]
+    assert made.rolled_back == [(2, {"monitor": {"best_step": 2, "quiet_until": 9}, "guided_until": 6})]
+    assert made.logged[0]["autonpo/distance"] == 4 and "of 3 mistakes until step 6" in made.logged[0]["autonpo/decision"]
+    monkeypatch.setattr(autonpo, "select_rollback", lambda quality, variance: 2)
+    autonpo.intervene(made, pool, monitor, "because", HANDMADE)  # decided otherwise after a kill: the cache is made anew
+    asked = [int(line["prompt_id"].rsplit(":", 1)[-1]) for line in read_jsonl(tmp_path / "guide_000006.jsonl")[1:]]
+    assert asked == [70, 71] and made.rolled_back[-1][0] == 4
+
+
+def test_no_rollback_without_a_single_answer_to_guide_with(fresh, prompts, tmp_path, monkeypatch):
+    made, pool, monitor = HandmadeRun(tmp_path, fresh, prompts), MistakePool(dict(FAILED)), Monitor(best_step=6)
+    monkeypatch.setattr(autonpo, "select_rollback", lambda quality, variance: 4)
+    monkeypatch.setattr("verifier.is_correct", lambda *_: False)
+    autonpo.intervene(made, pool, monitor, "because", HANDMADE)
+    assert made.rolled_back == [] and monitor.quiet_until == 9
+    assert made.logged[0]["autonpo/distance"] == 0 and "solves none of 3 mistakes" in made.logged[0]["autonpo/decision"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------------
-
-TINY = dict(prompts_per_step=2, group_size=4, eval_prompts=4, eval_samples=1, eval_every=2, save_every=2, max_new_tokens=40,
-            micro_batch_size=8, lr=1e-3, temperature=1.7, device="cpu")  # fmt: skip
-# everything is a mistake, nothing is progress, any entropy has fallen: the first look that the cooldown allows triggers
-EAGER = dict(TINY, guide_samples=3, mistake_pass_rate=0.9, max_distance=4, ema_decay=0.5, patience=1, min_gain=5.0, entropy_drop=0.0,
-             probe_prompts=5, probe_samples=2, confirm_pass_rate=0.0, min_slice=1, cooldown=3, steps=9)  # fmt: skip
 
 
 def weights(path: Path) -> dict:
@@ -271,7 +352,7 @@ def test_a_rollback_replays_the_same_prompts_with_the_chosen_slice_guided(eager)
 def test_cooldown_keeps_decisions_apart(eager):
     config, out = eager
     steps = [line["autonpo/step"] for line in read_jsonl(out / "metrics.jsonl") if "autonpo/decision" in line]
-    assert all(b - a > config.cooldown for a, b in zip(steps, steps[1:]))
+    assert len(steps) >= 2 and all(b - a > config.cooldown for a, b in zip(steps, steps[1:]))
 
 
 def test_every_token_is_counted_and_none_comes_back(eager):
@@ -304,13 +385,19 @@ def test_disk_use_is_bounded(eager):
 
 def test_a_run_that_never_triggers_is_grpo_bit_by_bit(tmp_path, monkeypatch):
     monkeypatch.setattr("verifier.is_correct", lucky)
-    autonpo.main(AutoNPOConfig(steps=5, out=str(tmp_path / "auto"), **TINY))
+    watching = dict(
+        ema_decay=0.5, patience=1, min_gain=5.0, entropy_drop=0.9, max_distance=4
+    )  # stagnant, but its entropy is there
+    autonpo.main(AutoNPOConfig(steps=5, out=str(tmp_path / "auto"), **TINY, **watching))
     grpo.train(grpo.GRPOConfig(steps=5, **TINY), tmp_path / "grpo")
     mine, theirs = (weights(checkpoint_path(tmp_path / name, 5)) for name in ("auto", "grpo"))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     for a, b in zip(*(read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("auto", "grpo")), strict=True):
         assert {k: a[k] for k in b if "time" not in k} == {k: v for k, v in b.items() if "time" not in k}
-    start = weights(checkpoint_path(tmp_path / "auto", 0))
+    mine, theirs = (torch.load(checkpoint_path(tmp_path / name, 5) / "optimizer.pt")["state"] for name in ("auto", "grpo"))
+    assert all(torch.equal(mine[i][key], theirs[i][key]) for i in theirs for key in theirs[i])
+    mine = weights(checkpoint_path(tmp_path / "auto", 5))
+    start = weights(Path(npo.model_path(AutoNPOConfig())))
     assert any(not torch.equal(mine[name], start[name]) for name in mine)
 
 
@@ -356,7 +443,9 @@ def die_at(monkeypatch, module, name: str, call: int, after: bool = False) -> No
 @pytest.mark.parametrize(
     ("module", "name", "call", "after"),
     [
-        (autonpo, "update", 3, False),  # before: an ordinary step
+        (Policy, "save", 1, False),  # before the base is saved
+        (Policy, "save", 1, True),  # and after, before anything is logged
+        (autonpo, "update", 3, False),  # in an ordinary step
         (autonpo, "probe", 1, False),  # at the warning
         (autonpo.verifier, "score", 8, False),  # somewhere in probe or steps
         (autonpo, "token_kl", 1, True),  # in the middle of the table
@@ -364,6 +453,9 @@ def die_at(monkeypatch, module, name: str, call: int, after: bool = False) -> No
         (autonpo, "build_cache", 1, True),  # the cache is there, nothing else has happened
         (autonpo.Run, "log", 1, True),  # the decision is logged, and not carried out
         (autonpo.Run, "roll_back", 1, False),
+        (autonpo.Run, "_load", 2, True),  # weights are back, the checkpoint does not say so yet
+        (autonpo.Run, "roll_back", 2, False),  # in a second intervention
+        (autonpo.Run, "roll_back", 2, True),
         (autonpo.Run, "_forget_after", 1, False),  # it has happened, and the later checkpoints are still there
         (autonpo.Run, "_forget_after", 1, True),
         (autonpo, "guide_use", 1, True),  # in the guided segment
@@ -379,6 +471,34 @@ def test_killed_anywhere_and_resumed_is_the_same_run(eager, tmp_path, module, na
             run(out)
     run(out)
     assert contents(out) == contents(whole)
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_cleared(eager, tmp_path):
+    config, whole = eager
+    out = tmp_path / "run"
+    run(out, steps=4)
+    for name in ("step_000002.tmp", "step_000008.tmp"):  # half removed, half written
+        (out / "checkpoints" / name).mkdir()
+    run(out)  # --steps may grow
+    assert contents(out)["metrics"][-1]["eval/accuracy"] >= 0 and not list(out.glob("checkpoints/*.tmp"))
+
+
+def test_a_directory_with_nothing_but_a_base_is_not_another_models(tmp_path):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, autonpo.Run, "evaluate", 1)
+        with pytest.raises(Killed):
+            run(out)
+    assert not (out / "metrics.jsonl").exists()
+    with pytest.raises(UsageError, match="seed 0 there and 7 here"):
+        run(out, seed=7)
+
+
+def test_without_is_correction_guided_ratios_start_at_one(tmp_path):
+    run(tmp_path, is_correction=False, steps=5)
+    guided = [line for line in read_jsonl(tmp_path / "metrics.jsonl") if line.get("npo/guide_frac") and line["loss"]]
+    ratios = [line[f"npo/guide_ratio_{name}"] for line in guided for name in ("min", "max") if "npo/guide_ratio_min" in line]
+    assert ratios and ratios == pytest.approx([1.0] * len(ratios), abs=1e-4)
 
 
 def test_killed_in_the_middle_of_the_cache(eager, tmp_path):
@@ -411,6 +531,9 @@ def test_killed_in_the_middle_of_the_cache(eager, tmp_path):
         (dict(ema_decay=1.0), "--ema-decay 1.0"),
         (dict(mistake_pass_rate=-0.1), "--mistake-pass-rate -0.1"),
         (dict(max_distance=5), "--max-distance 5"),
+        (dict(min_gain=-1.0), "--min-gain -1.0"),
+        (dict(min_slice=200), "--min-slice 200"),
+        (dict(steps=0), "--steps 0"),
         (dict(gate=1.5), "--gate 1.5"),
         (dict(group_size=1), "--group-size 1"),
     ],
