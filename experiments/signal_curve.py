@@ -8,16 +8,20 @@ Prompts are the 256 that the steps after t ask. Of each, the policy samples G = 
 where none of its 8 is right.
 
     Q      share of the failed prompts of which the guide has a right answer. D = 0 is the policy asked again: a control, not a guide
-    V (a)  mean over right guide answers to failed prompts of prod_t sum_v p(v)^2/q(v), the second moment of each token's weight over the
-           whole vocabulary, along the answer: never below 1. Beside it its effective sample size; the naive estimate, mean w^2, with its
-           own; and the unconditional E_q[w^2] by tilted sampling (signal_theory.monte_carlo), with its own
+    V (a)  second moments of the sequence's weight w = p/q. `whole`: E_q[w^2], the theory's V, by tilted sampling (signal_theory.monte_carlo;
+           unbiased, never below 1). `right`: the mean of w^2 over the guide's right answers to failed prompts, which are those that a slot
+           can take; its lower bound is not 1 but (p(right)/q(right))^2. `along`: over the same answers the mean of prod_t sum_v p(v)^2/q(v),
+           each token's moment over the whole vocabulary given the answer so far: what the weights would be if p chose at every
+           token, no estimate of either of the two. Each has an effective sample size; below 10 it counts as not resolved
     V (b)  tr Cov of NPO's gradient at t from one group: advantages, token ratios and clip as trained; a batch of P independent groups has
            1/P of it. Over groups whose 8 answers failed and whose last slot is the guide's. As it is, and relative to the squared norm of
            its mean: noise to signal, which is what an optimizer that normalises its gradient sees
-    V (c)  exp of the mean per-token KL(guide || policy) along the guide's answers: what AutoNPO measures
+    V (c)  exp of the mean per-token KL(guide || policy), over the guide's answers to all prompts and the whole vocabulary (AutoNPO's V^ is the
+           sampled-token estimate of it on its mistakes)
     S      Q / V for each
 
-Intervals: bootstrap over prompts. Training: NPO from t for 30 steps, guided throughout by the guide at each D.
+Intervals: bootstrap over runs and, within each, over prompts. Training: NPO from t for 30 steps, guided throughout by the guide at
+each D (so that a guide at D < 30 is behind the policy towards the end; npo.py would let go of it there), against GRPO at the same step.
 """
 
 import dataclasses
@@ -128,18 +132,28 @@ def group_gradient(policy: Policy, group, config: NPOConfig) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.parameters())])
 
 
-def gradient_variance(gram: numpy.ndarray, weight: numpy.ndarray) -> tuple[float, float]:
-    """tr Cov of gradients with this Gram matrix and these resampling counts, and the squared norm of their mean, unbiased."""
-    n = weight.sum()
-    mean = weight @ gram @ weight / n**2
-    spread = (weight @ gram.diagonal() / n - mean) * n / (n - 1)
-    return spread, mean - spread / n
+def gradient_variance(gram: numpy.ndarray, count: numpy.ndarray, resampled: bool = False) -> tuple[float | None, float | None]:
+    """Of gradients with this Gram matrix, each counted so often: tr Cov, and the squared norm of their mean, both unbiased.
+
+    In a bootstrap resample the norm is too large by tr Cov / n once more: what is resampled has itself been drawn.
+    """
+    n = count.sum()
+    if n < 3:
+        return None, None
+    norm = count @ gram @ count / n**2
+    spread = (count @ gram.diagonal() / n - norm) * n / (n - 1)
+    return float(spread), float(norm - (2 if resampled else 1) * spread / n)
 
 
 def effective(values) -> float:
     """Effective sample size of a mean of positive numbers: how many of them carry it."""
-    values = numpy.asarray(values) / max(values)
-    return float(values.sum() ** 2 / (values**2).sum())
+    values = numpy.asarray(values, float)
+    return float((values / values.max()).sum() ** 2 / ((values / values.max()) ** 2).sum()) if len(values) else 0.0
+
+
+def ratio(count: numpy.ndarray, total: numpy.ndarray, number: numpy.ndarray) -> float | None:
+    """A mean over answers from each prompt's total and number of them, prompts counted as resampled; None without any."""
+    return float(count @ total / (count @ number)) if count @ number else None
 
 
 def measure(seed: int, start: int) -> None:
@@ -152,10 +166,10 @@ def measure(seed: int, start: int) -> None:
     policy = Policy(checkpoint_path(run, start) if start else model_path(config), "cpu")
     groups = sample(policy, prompts, config, "signal policy", start)
     failed = numpy.array([not any(c.accuracy for c in group.completions) for group in groups])
+    failures = [i for i in range(PROMPTS) if failed[i]]
     draws = numpy.random.default_rng(derived_seed(seed, "bootstrap", start))
-    counts = [numpy.ones(PROMPTS)] + [
-        numpy.bincount(draws.integers(PROMPTS, size=PROMPTS), minlength=PROMPTS) for _ in range(RESAMPLED)
-    ]
+    counts = [numpy.bincount(draws.integers(PROMPTS, size=PROMPTS), minlength=PROMPTS) for _ in range(RESAMPLED)]
+    lines = []
     for distance in tqdm((0, *DISTANCES), desc=f"seed {seed} t {start}"):
         guide = Policy(checkpoint_path(run, start + distance), "cpu") if distance else policy
         answers = sample(guide, prompts, config, "signal guide", start, distance)
@@ -165,53 +179,51 @@ def measure(seed: int, start: int) -> None:
         # along the guide's answers: (a) on right ones to failed prompts, (c) on all
         chosen = [(i, c) for i, group in enumerate(answers) for c in group.completions]
         rows = [(groups[i].inputs, c.token_ids) for i, c in chosen]
-        moment, weights, kl, tokens = (numpy.zeros(PROMPTS) for _ in range(4))
-        moments, w = [], []  # of each right answer to a failed prompt
+        along, squares, number, kl, tokens = (numpy.zeros(PROMPTS) for _ in range(5))  # a prompt's sums
+        every_along, every_square = [], []
         for (i, completion), p, q in zip(chosen, distributions(policy, rows), distributions(guide, rows)):
-            ids = torch.tensor(completion.token_ids)[:, None]
             kl[i] += torch.where(q == float("-inf"), 0.0, q.exp() * (q - p)).sum().item()
-            tokens[i] += len(ids)
+            tokens[i] += len(p)
             if failed[i] and completion.accuracy == 1 and completion.finished:
-                moments.append(torch.logsumexp(log_tilt(p, q), dim=-1).double().sum().exp().item())
-                w.append((p - q).gather(-1, ids).sum().exp().item())
-                moment[i] += moments[-1]
-                weights[i] += 1
-        use = [i for i in range(PROMPTS) if failed[i]]
-        tilt = numpy.zeros((PROMPTS, PATHS))  # logs
-        if use:
-            tilt[use] = tilted(policy, guide, [groups[i] for i in use], config, derived_seed(seed, "tilted", start, distance))
+                log_w = (p - q).gather(-1, torch.tensor(completion.token_ids)[:, None]).double().sum()
+                every_along.append(torch.logsumexp(log_tilt(p, q), dim=-1).double().sum().exp().item())
+                every_square.append((2 * log_w).exp().item())
+                along[i], squares[i], number[i] = along[i] + every_along[-1], squares[i] + every_square[-1], number[i] + 1
+        whole = numpy.zeros((PROMPTS, PATHS))
+        seed_of_paths = derived_seed(seed, "tilted", start, distance)
+        whole[failures] = numpy.exp(tilted(policy, guide, [groups[i] for i in failures], config, seed_of_paths))
 
         # (b) the gradient of groups whose 8 answers failed and whose last slot is the guide's
         mixed = {i: replace_slot(groups[i], dataclasses.replace(right[i][0], source=f"guide@{start + distance}"), config.gate)
-                 for i in use if right[i]}  # fmt: skip
+                 for i in failures if right[i]}  # fmt: skip
         flat = torch.stack([group_gradient(policy, group, config) for group in mixed.values()]) if mixed else torch.zeros(0, 1)
         gram, places = (flat @ flat.T).double().numpy(), list(mixed)
 
-        replicates = []
-        for count in counts:
-            line = {"quality": (count @ (failed & solved)) / (count @ failed)}
-            line["moment"] = (count @ moment) / (count @ weights) if count @ weights else None
-            line["tilted"] = float(count[failed] @ numpy.exp(tilt[failed]).mean(axis=1) / count[failed].sum())
-            line["kl"] = float(numpy.exp((count @ kl) / (count @ tokens)))
-            enough = count[places].sum() > 2 if places else False
-            spread, mean = gradient_variance(gram, count[places]) if enough else (None, 0)
-            line["gradient"], line["gradient_relative"] = spread, spread / mean if mean > 0 else None
-            replicates.append(line)
+        values = []
+        for number_of, count in enumerate([numpy.ones(PROMPTS), *counts]):
+            spread, norm = gradient_variance(gram, count[places], resampled=number_of > 0)
+            values.append({
+                "quality": ratio(count, failed & solved, failed), "whole": ratio(count, whole.mean(axis=1) * failed, failed),
+                "right": ratio(count, squares, number), "along": ratio(count, along, number),
+                "kl": float(numpy.exp(ratio(count, kl, tokens))), "gradient": spread,
+                "gradient_relative": spread / norm if norm and norm > 0 else None,
+            })  # fmt: skip
         point, *resampled = [{k: v if v is None else float(f"{v:.{digits}g}") for k, v in line.items()}
-                             for line, digits in zip(replicates, [5] + [3] * RESAMPLED)]  # fmt: skip
-        write({
-            "kind": "measured", "seed": seed, "t": start, "distance": distance, "failed": int(failed.sum()),
-            **point, "moment_ess": effective(moments), "answers": len(moments), "naive": float(numpy.mean(numpy.square(w))),
-            "naive_ess": effective(w), "tilted_ess": effective(numpy.exp(tilt[failed]).ravel()), "paths": int(failed.sum()) * PATHS,
-            "guided_groups": len(mixed),
+                             for line, digits in zip(values, [5] + [3] * RESAMPLED)]  # fmt: skip
+        lines.append({
+            "kind": "measured", "seed": seed, "t": start, "distance": distance, "failed": len(failures), "right_answers": len(every_along),
+            "guided_groups": len(mixed), **point,
+            "ess": {"whole": effective(whole[failures].ravel()), "right": effective(every_square), "along": effective(every_along)},
             "bootstrap": {key: [line[key] for line in resampled] for key in point},
         })  # fmt: skip
+    for line in lines:  # all of them or none
+        write(line)
 
 
 def fit(distances, qualities, variances) -> tuple[float, float, float]:
     """(alpha, beta, D*) of measured points: Q = c (1 - exp(-alpha D)) by least squares, log V = beta D through the origin.
 
-    D* is nan where a fit does not fall inside (beta <= 0: the variance did not grow), 1 / beta in the limit of a straight Q.
+    D* is nan where V did not grow.
     """
     distances, qualities = numpy.asarray(distances, float), numpy.asarray(qualities, float)
     beta = float(distances @ numpy.log(variances) / (distances @ distances))
@@ -271,7 +283,7 @@ def main() -> None:
 
     def measured(seed: int, start: int) -> None:
         done = [(line["seed"], line["t"]) for line in read_jsonl(RESULTS) if line["kind"] == "measured"]
-        if done.count((seed, start)) < 1 + len(DISTANCES):
+        if (seed, start) not in done:
             command(f"experiments/signal_curve.py measure {seed} {start}", f"measure-{seed}-{start}")
 
     def trained(seed: int, start: int, distance: int) -> None:
@@ -295,108 +307,107 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 VARIANCES = {
-    "moment": "(a) second moment",
-    "gradient_relative": "(b) gradient, noise to signal",
-    "gradient": "(b) gradient, raw",
-    "kl": "(c) exp KL",
-}
+    "whole": "(a) whole", "right": "(a) right", "along": "(a) along",
+    "gradient_relative": "(b) noise to signal", "gradient": "(b) variance", "kl": "(c) exp KL",
+}  # fmt: skip
 RESOLVED = 10  # an effective sample size below which a mean is a handful of answers: shown, marked, and not fitted
 
 
-def pooled(lines: list[dict], key: str) -> numpy.ndarray:
-    """Of one t and D, the mean over seeds (of a variance: the geometric mean), and the same of each bootstrap replicate."""
-    values = numpy.array([[line[key], *line["bootstrap"][key]] for line in lines], float)  # (seeds, 1 + replicates)
-    with numpy.errstate(invalid="ignore"):
-        return numpy.nanmean(values, axis=0) if key == "quality" else numpy.exp(numpy.nanmean(numpy.log(values), axis=0))
+def pooled(lines: list[dict], key: str, runs: numpy.ndarray) -> numpy.ndarray:
+    """Of one t and D, the mean over runs (of a variance: the geometric mean); then that of each resampling, whose `runs` (R, runs) are
+    drawn too. A noise-to-signal ratio whose signal is not above 0 is infinite."""
+    missing = numpy.inf if key == "gradient_relative" else numpy.nan
+    values = numpy.array([[missing if v is None else v for v in (line[key], *line["bootstrap"][key])] for line in lines])
+    values = values if key == "quality" else numpy.log(values)  # (runs, 1 + R)
+    drawn = [values[of_runs, 1 + number].mean() for number, of_runs in enumerate(runs)]
+    mean = numpy.array([values[:, 0].mean(), *drawn])
+    return mean if key == "quality" else numpy.exp(mean)
 
 
-def ranks(values) -> numpy.ndarray:
-    return numpy.argsort(numpy.argsort(values)).astype(float)
+def rank_correlation(signals, gains) -> float:
+    first, second = (numpy.argsort(numpy.argsort(values)) for values in (signals, gains))
+    return float(numpy.corrcoef(first, second)[0, 1])
 
 
 def figure() -> None:
-    from tables import finish, interval, pyplot
+    from tables import T_975, finish, interval, pyplot
 
     lines = read_jsonl(RESULTS)
     plain = {line["seed"]: dict(line["evaluations"]) for line in lines if line["kind"] == "grpo"}
-    picture, grid = pyplot.subplots(len(STARTS), 4, figsize=(15, 3.4 * len(STARTS)), layout="constrained", squeeze=False)
+    runs = numpy.random.default_rng(0).integers(len(SEEDS), size=(RESAMPLED, len(SEEDS)))
+    picture, grid = pyplot.subplots(len(STARTS), 4, figsize=(15, 3.6 * len(STARTS)), layout="constrained", squeeze=False)
     for start, (q_axes, v_axes, s_axes, gain_axes) in zip(STARTS, grid):
-        by_distance = {d: sorted((line for line in lines if line["kind"] == "measured" and (line["t"], line["distance"]) == (start, d)),
-                                 key=lambda line: line["seed"]) for d in (0, *DISTANCES)}  # fmt: skip
-        assert all(len(found) == len(SEEDS) for found in by_distance.values()), f"t = {start}: not all measured yet"
-        q = numpy.array([pooled(by_distance[d], "quality") for d in DISTANCES])  # (D, 1 + replicates)
+        measured = {d: [line for line in lines if line["kind"] == "measured" and (line["t"], line["distance"]) == (start, d)]
+                    for d in (0, *DISTANCES)}  # fmt: skip
         gains = {d: [line["eval/accuracy"] - plain[line["seed"]][start + WINDOW] for line in lines
                      if line["kind"] == "trained" and (line["t"], line["distance"]) == (start, d)] for d in DISTANCES}  # fmt: skip
-        assert all(len(found) == len(SEEDS) for found in gains.values()), f"t = {start}: not all trained yet"
+        assert all(len(found) == len(SEEDS) for found in (*measured.values(), *gains.values())), (
+            f"t = {start}: runs are missing"
+        )
+        for found in measured.values():
+            found.sort(key=lambda line: line["seed"])
+        again = pooled(measured[0], "quality", runs)
+        q = numpy.array([pooled(measured[d], "quality", runs) for d in DISTANCES])  # (D, 1 + R)
+        v = {key: numpy.array([pooled(measured[d], key, runs) for d in DISTANCES]) for key in VARIANCES}
+        s = {key: numpy.nan_to_num(q / value) for key, value in v.items()}
+        ess = {key: [min(line["ess"].get(key, RESOLVED) for line in measured[d]) for d in DISTANCES] for key in VARIANCES}
         mean_gain = [statistics.fmean(found) for found in gains.values()]
-        resolved = [min(line["moment_ess"] for line in by_distance[d]) >= RESOLVED for d in DISTANCES]
-        v = {key: numpy.array([pooled(by_distance[d], key) for d in DISTANCES]) for key in VARIANCES}
-        s = {key: q / value for key, value in v.items()}
 
-        failed = statistics.fmean(line["failed"] for line in by_distance[0])
-        asked_again = pooled(by_distance[0], "quality")[0]
+        failures = ", ".join(str(line["failed"]) for line in measured[0])
         accuracy = statistics.fmean(curve[start] for curve in plain.values())
+        print(f"\n#### t = {start}\n\nHeld-out accuracy {accuracy:.3f}; failed prompts of {PROMPTS}, by seed: {failures}; asked again, the policy "
+              f"solves {again[0]:.2f} of them.\n")  # fmt: skip
         print(
-            f"\n### t = {start}: accuracy {accuracy:.3f}, {failed:.0f} of {PROMPTS} prompts failed; asked again the policy solves {asked_again:.2f} of them\n"
+            f"| D | Q | {' | '.join('V ' + name for name in VARIANCES.values())} | gain of training |\n|{'---|' * (len(VARIANCES) + 3)}"
         )
-        print(
-            "| D | Q | V (a) | ESS (a) | naive (a), ESS | tilted E[w^2], ESS | V (b) noise/signal | V (b) raw | V (c) | S (a) | S (b) | S (c) | gain of training [95 %] |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
         for i, d in enumerate(DISTANCES):
-            found = by_distance[d]
-            least = {key: min(line[key] for line in found) for key in ("moment_ess", "naive_ess", "tilted_ess")}
-            naive, tilt = (statistics.geometric_mean(line[key] for line in found) for key in ("naive", "tilted"))
             low, high = numpy.percentile(q[i, 1:], [2.5, 97.5])
-            print(f"| {d} | {q[i, 0]:.2f} [{low:.2f}, {high:.2f}] | {v['moment'][i, 0]:.3g}{'' if resolved[i] else ' *'} | {least['moment_ess']:.0f} "
-                  f"| {naive:.2g}, {least['naive_ess']:.0f} | {tilt:.2g}, {least['tilted_ess']:.0f} | {v['gradient_relative'][i, 0]:.1f} "
-                  f"| {v['gradient'][i, 0]:.3f} | {v['kl'][i, 0]:.3f} | {s['moment'][i, 0]:.2g} | {s['gradient_relative'][i, 0]:.3f} "
-                  f"| {s['kl'][i, 0]:.3f} | {interval(gains[d], 3)} |")  # fmt: skip
+            cells = [f"{v[key][i, 0]:.3g}{'' if ess[key][i] >= RESOLVED else ' *'}" for key in VARIANCES]
+            print(f"| {d} | {q[i, 0]:.2f} [{low:.2f}, {high:.2f}] | {' | '.join(cells)} | {interval(gains[d], 3)} |")
         print(
-            "\n| S of | largest at D [95 % of resamplings] | fitted alpha, beta | fitted D* | log V grows as D^ | rank correlation of S with the gain |"
+            "\n| | S largest at D [95 %] | of fitted D* (alpha, beta) | log V grows as | rank correlation with the gain |\n|---|---|---|---|---|"
         )
-        print("|---|---|---|---|---|---|")
         for key, name in VARIANCES.items():
-            best = numpy.array(DISTANCES)[numpy.nanargmax(s[key], axis=0)]
+            best = numpy.array(DISTANCES)[numpy.argmax(s[key], axis=0)]
             low, high = numpy.percentile(best[1:], [2.5, 97.5])
-            use = [i for i in range(len(DISTANCES)) if (key != "moment" or resolved[i]) and v[key][i, 0] > 1]
-            fitted, law = "", ""
-            if key in ("moment", "kl") and len(use) > 1:
+            use = [i for i in range(len(DISTANCES)) if ess[key][i] >= RESOLVED and v[key][i, 0] > 1]
+            fitted = law = ""
+            if key in ("whole", "along", "kl") and len(use) > 1:
                 at = numpy.array(DISTANCES, float)[use]
-                alpha, beta, d_star = fit(at, q[use, 0], v[key][use, 0])
-                fitted = f"{alpha:.4f}, {beta:.4f} | {d_star:.0f}"
-                law = f"{numpy.polyfit(numpy.log(at), numpy.log(numpy.log(v[key][use, 0])), 1)[0]:.1f} ({len(use)} points)"
-            rank = numpy.corrcoef(ranks(s[key][:, 0]), ranks(mean_gain))[0, 1]
-            print(f"| {name} | {best[0]} [{low:.0f}, {high:.0f}] | {fitted or '|'} | {law} | {rank:.2f} |")
-        print(f"| Q alone | | | | | {numpy.corrcoef(ranks(q[:, 0]), ranks(mean_gain))[0, 1]:.2f} |")
-        top = DISTANCES[int(numpy.argmax(mean_gain))]
-        print(f"\nGain largest at D = {top}: {interval(gains[top], 3)}")
+                alpha, beta, d_star = fit(at, q[use, 0] - again[0], v[key][use, 0])
+                fitted = f"{d_star:.0f} ({alpha:.4f}, {beta:.4f}; {len(use)} points)"
+                law = f"D^{numpy.polyfit(numpy.log(at), numpy.log(numpy.log(v[key][use, 0])), 1)[0]:.1f}"
+            print(
+                f"| Q / V {name} | {best[0]} [{low:.0f}, {high:.0f}] | {fitted} | {law} | {rank_correlation(s[key][:, 0], mean_gain):.2f} |"
+            )
+        print(f"| Q alone | {DISTANCES[int(q[:, 0].argmax())]} | | | {rank_correlation(q[:, 0], mean_gain):.2f} |")
+        drawn = numpy.array([[found[run] for run in range(len(SEEDS))] for found in gains.values()])  # (D, runs)
+        tops = [DISTANCES[int(drawn[:, of_runs].mean(axis=1).argmax())] for of_runs in runs]
+        low, high = numpy.percentile(tops, [2.5, 97.5])
+        print(f"| the gain | {DISTANCES[int(numpy.argmax(mean_gain))]} [{low:.0f}, {high:.0f}] | | | |")
 
         low, high = numpy.percentile(q[:, 1:], [2.5, 97.5], axis=1)
         q_axes.fill_between(DISTANCES, low, high, alpha=0.3)
         q_axes.plot(DISTANCES, q[:, 0], "o-", ms=3)
+        q_axes.axhline(again[0], color="grey", ls=":", label="the policy asked again")
         q_axes.set(ylim=(0, 1), ylabel=f"t = {start} (accuracy {accuracy:.2f})", title="Q")
         for color, (key, name) in enumerate(VARIANCES.items()):
-            for axes, values in ((v_axes, v[key]), (s_axes, s[key] / s[key][:, :1].max())):
+            for axes, values in ((v_axes, v[key]), (s_axes, s[key] / s[key][:, 0].max())):
                 low, high = numpy.nanpercentile(values[:, 1:], [2.5, 97.5], axis=1)
-                axes.fill_between(DISTANCES, low, high, color=f"C{color}", alpha=0.15, lw=0)
-                axes.plot(DISTANCES, values[:, 0], "o-", ms=3, color=f"C{color}", label=name)
-        far = [i for i, known in enumerate(resolved) if not known]
-        v_axes.plot(
-            numpy.array(DISTANCES)[far], v["moment"][far, 0], "C0x", ms=8, label="(a) not resolved: few answers carry it"
-        )
-        v_axes.set(yscale="log", ylim=(0.02, 1e12), title="V")
+                axes.fill_between(DISTANCES, low, high, color=f"C{color}", alpha=0.1, lw=0)
+                axes.plot(DISTANCES, values[:, 0], "-", color=f"C{color}", label=name)
+                for i, d in enumerate(DISTANCES):
+                    axes.plot(d, values[i, 0], "o" if ess[key][i] >= RESOLVED else "x", ms=4, color=f"C{color}")
+        v_axes.set(yscale="log", ylim=(1e-5, 1e12), title="V (x: not resolved)")
         s_axes.set(ylim=(0, 1.3), title="S = Q / V, as a share of its largest")
-        half = [2.776 * statistics.stdev(found) / len(found) ** 0.5 for found in gains.values()]  # Student's t, 5 seeds
-        gain_axes.errorbar(DISTANCES, mean_gain, half, fmt="o-", ms=3, capsize=3, color="C4")
+        half = [T_975[len(found)] * statistics.stdev(found) / len(found) ** 0.5 for found in gains.values()]
+        gain_axes.errorbar(DISTANCES, mean_gain, half, fmt="o-", ms=3, capsize=3, color="black")
         gain_axes.axhline(0, color="grey", lw=0.8)
-        gain_axes.set(title=f"gain over GRPO after {WINDOW} guided steps")
-    v_axes.legend(fontsize=7)
+        gain_axes.set(title=f"gain of training over GRPO, {WINDOW} steps")
     for axes in grid.flat:
         axes.set(xscale="log", xlabel="D (steps)", xticks=[10, 20, 40, 100, 300], xticklabels=["10", "20", "40", "100", "300"])
-    for axes in list(grid.flat)[1:]:
-        axes.grid(alpha=0.3)
-    finish(picture, [v_axes], "signal_curve.png")
+    grid[0, 0].legend(fontsize=7)
+    finish(picture, [grid[0, 1], *(axes for axes in grid.flat if axes is not grid[0, 1])], "signal_curve.png")
 
 
 if __name__ == "__main__":
