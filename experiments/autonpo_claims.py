@@ -3,7 +3,9 @@
     python experiments/autonpo_claims.py           # about 20 minutes on two cores; resumes where it was stopped
     python experiments/autonpo_claims.py figure    # table, and assets/autonpo.png, from experiments/autonpo_claims.jsonl alone
 
-GRPO goes on for so many steps that it has sampled more than AutoNPO with everything counted: what a rollback took back, probes, caches.
+GRPO goes on for so many steps that it has sampled more tokens than AutoNPO with everything counted: what a rollback took back, probes,
+caches. (Sampled tokens are not all compute: V^ also costs a forward pass of the probe's answers for each checkpoint.) Between evaluations, which
+come every 10 steps, the control is interpolated.
 """
 
 import json
@@ -82,15 +84,18 @@ def figure() -> None:
     for seed, mine, plain in zip(SEEDS, auto, grpo):
         end = mine.at(STEPS)
         spent = mine.line["sampled_tokens"]
-        control = [line for line in plain.evals if line["sampled_tokens"] <= spent][-1]
         assert plain.evals[-1]["sampled_tokens"] > spent, "GRPO did not go on for long enough to be the control"
+        tokens = [line["sampled_tokens"] for line in plain.evals]
+        step, control = (
+            float(numpy.interp(spent, tokens, [line[key] for line in plain.evals])) for key in ("step", "eval/accuracy")
+        )
         same.append((end, plain.at(STEPS)))
-        equal.append((end, control["eval/accuracy"]))
+        equal.append((end, control))
         places = ", ".join(
             f"{d['step']} -> {d['step'] - d['distance']}" if d["distance"] else f"{d['step']}: stay"
             for d in mine.line["decisions"]
         )
-        print(f"| {seed} | {places or 'none'} | {end:.3f} | {plain.at(STEPS):.3f} | {control['eval/accuracy']:.3f} ({control['step']}) "
+        print(f"| {seed} | {places or 'none'} | {end:.3f} | {plain.at(STEPS):.3f} | {control:.3f} ({step:.0f}) "
               f"| {mine.line['updates']} | {spent:,} |")  # fmt: skip
     means = [interval(list(column), 3) for column in (*zip(*same), list(zip(*equal))[1])]
     print(f"| mean [95 %] | | {means[0]} | {means[1]} | {means[2]} | | |")
