@@ -25,7 +25,7 @@ ROOT, RUNS, RESULTS = HERE.parent, HERE / "runs", HERE / "autonpo_claims.jsonl"
 sys.path.insert(0, str(ROOT))
 from run import evaluations, read_jsonl, surviving
 
-SEEDS, STEPS, LONG = range(5), 200, 600
+SEEDS, STEPS, LONG = range(5), (200, 300), 600  # AutoNPO's default, and longer
 
 
 def result(name: str, command: str, seed: int) -> dict:
@@ -46,7 +46,7 @@ def result(name: str, command: str, seed: int) -> dict:
 def main() -> None:
     RUNS.mkdir(exist_ok=True)
     done = {line["name"] for line in read_jsonl(RESULTS)}
-    bar, lock = tqdm(total=2 * len(SEEDS), initial=len(done), desc="runs"), threading.Lock()
+    bar, lock = tqdm(total=3 * len(SEEDS), initial=len(done), desc="runs"), threading.Lock()
 
     def work(name: str, command: str, seed: int) -> None:
         if name in done:
@@ -71,57 +71,54 @@ def main() -> None:
             job.result()
 
 
-def figure() -> None:
-    from tables import Result, band, finish, interval, pyplot
+def table(found: dict, steps: int) -> None:
+    from tables import interval
 
-    found = {line["name"]: Result(line) for line in read_jsonl(RESULTS)}
-    auto, grpo = ([found[f"{name}-{seed}"] for seed in SEEDS] for name in ("auto", "auto-grpo"))
+    auto, grpo = ([found[f"{name}-{seed}"] for seed in SEEDS] for name in (f"auto{steps}", "auto-grpo"))
     print(
-        "| seed | interventions (trigger -> back to) | AutoNPO | GRPO, same step | GRPO, equal tokens (step) | updates | tokens, all counted |"
+        f"\n{steps} steps:\n\n| seed | interventions | AutoNPO | GRPO, same step | GRPO, equal tokens (step) | updates | tokens, all counted |"
     )
     print("|---|---|---|---|---|---|---|")
-    same, equal = [], []
+    ends = []
     for seed, mine, plain in zip(SEEDS, auto, grpo):
-        end = mine.at(STEPS)
         spent = mine.line["sampled_tokens"]
         assert plain.evals[-1]["sampled_tokens"] > spent, "GRPO did not go on for long enough to be the control"
         tokens = [line["sampled_tokens"] for line in plain.evals]
         step, control = (
             float(numpy.interp(spent, tokens, [line[key] for line in plain.evals])) for key in ("step", "eval/accuracy")
         )
-        same.append((end, plain.at(STEPS)))
-        equal.append((end, control))
-        places = ", ".join(
+        ends.append((mine.at(steps), plain.at(steps), control))
+        places = [
             f"{d['step']} -> {d['step'] - d['distance']}" if d["distance"] else f"{d['step']}: stay"
             for d in mine.line["decisions"]
-        )
-        print(f"| {seed} | {places or 'none'} | {end:.3f} | {plain.at(STEPS):.3f} | {control:.3f} ({step:.0f}) "
+        ]
+        print(f"| {seed} | {', '.join(places) or 'none'} | {ends[-1][0]:.3f} | {ends[-1][1]:.3f} | {control:.3f} ({step:.0f}) "
               f"| {mine.line['updates']} | {spent:,} |")  # fmt: skip
-    means = [interval(list(column), 3) for column in (*zip(*same), list(zip(*equal))[1])]
-    print(f"| mean [95 %] | | {means[0]} | {means[1]} | {means[2]} | | |")
+    print(f"| mean [95 %] | | {' | '.join(interval(list(column), 3) for column in zip(*ends))} | | |")
     print(
-        f"\nAutoNPO minus GRPO: at the same step {interval([a - b for a, b in same], 3)}, at equal tokens {interval([a - b for a, b in equal], 3)}"
+        f"| AutoNPO minus it | | | {interval([a - b for a, b, _ in ends], 3)} | {interval([a - c for a, _, c in ends], 3)} | | |"
     )
-    area = [[statistics.fmean(line["eval/accuracy"] for line in run.until(STEPS)) for run in runs] for runs in (auto, grpo)]
-    print(f"Mean held-out accuracy over all {STEPS} steps: {interval(area[0], 3)} and {interval(area[1], 3)}, "
-          f"difference {interval([a - b for a, b in zip(*area)], 3)}")  # fmt: skip
 
+
+def figure() -> None:
+    from tables import Result, band, finish, pyplot
+
+    found = {line["name"]: Result(line) for line in read_jsonl(RESULTS)}
+    for steps in STEPS:
+        table(found, steps)
+    last = max(STEPS)
+    auto, grpo = ([found[f"{name}-{seed}"] for seed in SEEDS] for name in (f"auto{last}", "auto-grpo"))
     panel, (by_step, by_tokens, entropy) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    band(by_step, grpo, "GRPO", "C0", last=STEPS)
+    band(by_step, grpo, "GRPO", "C0", last=last)
     band(by_step, auto, "AutoNPO", "C1")
     band(by_tokens, grpo, "GRPO", "C0", "sampled_tokens")
     for number, mine in enumerate(auto):  # not one curve: each seed jumps elsewhere
         label = "AutoNPO, each seed" if number == 0 else None
-        by_tokens.plot(
-            [line["sampled_tokens"] / 1000 for line in mine.evals],
-            [line["eval/accuracy"] for line in mine.evals],
-            "C1",
-            lw=0.8,
-            label=label,
-        )
+        by_tokens.plot([line["sampled_tokens"] / 1000 for line in mine.evals], [line["eval/accuracy"] for line in mine.evals],
+                       "C1", lw=0.8, label=label)  # fmt: skip
     for runs, name, color in ((grpo, "GRPO", "C0"), (auto, "AutoNPO", "C1")):
-        values = numpy.array([[value for step, value in run.line["entropy"] if step <= STEPS] for run in runs])
-        entropy.plot([step for step, _ in runs[0].line["entropy"] if step <= STEPS], values.mean(axis=0), color, label=name)
+        values = numpy.array([[value for step, value in run.line["entropy"] if step <= last] for run in runs])
+        entropy.plot([step for step, _ in runs[0].line["entropy"] if step <= last], values.mean(axis=0), color, label=name)
     for mine in auto:
         for d in mine.line["decisions"]:
             if d["distance"]:
