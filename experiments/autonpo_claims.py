@@ -61,10 +61,9 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:
         jobs = []
         for seed in SEEDS:
-            for name, command in (
-                ("auto", f"autonpo.py --steps {STEPS}"),
-                ("auto-grpo", f"grpo.py --steps {LONG} --eval-every 10"),
-            ):
+            methods = {f"auto{steps}": f"autonpo.py --steps {steps}" for steps in STEPS}
+            methods["auto-grpo"] = f"grpo.py --steps {LONG} --eval-every 10"
+            for name, command in methods.items():
                 name, command = f"{name}-{seed}", f"{command} --seed {seed} --out experiments/runs/{name}-{seed}"
                 jobs.append(pool.submit(work, name, command, seed))
         for job in jobs:
