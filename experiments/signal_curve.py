@@ -318,7 +318,8 @@ def pooled(lines: list[dict], key: str, runs: numpy.ndarray) -> numpy.ndarray:
     drawn too. A noise-to-signal ratio whose signal is not above 0 is infinite."""
     missing = numpy.inf if key == "gradient_relative" else numpy.nan
     values = numpy.array([[missing if v is None else v for v in (line[key], *line["bootstrap"][key])] for line in lines])
-    values = values if key == "quality" else numpy.log(values)  # (runs, 1 + R)
+    with numpy.errstate(divide="ignore"):
+        values = values if key == "quality" else numpy.log(values)  # (runs, 1 + R)
     drawn = [values[of_runs, 1 + number].mean() for number, of_runs in enumerate(runs)]
     mean = numpy.array([values[:, 0].mean(), *drawn])
     return mean if key == "quality" else numpy.exp(mean)
@@ -372,7 +373,7 @@ def figure() -> None:
             low, high = numpy.percentile(best[1:], [2.5, 97.5])
             use = [i for i in range(len(DISTANCES)) if ess[key][i] >= RESOLVED and v[key][i, 0] > 1]
             fitted = law = ""
-            if key in ("whole", "along", "kl") and len(use) > 1:
+            if key in ("whole", "along", "kl") and len(use) > 2:
                 at = numpy.array(DISTANCES, float)[use]
                 alpha, beta, d_star = fit(at, q[use, 0] - again[0], v[key][use, 0])
                 fitted = f"{d_star:.0f} ({alpha:.4f}, {beta:.4f}; {len(use)} points)"
@@ -393,7 +394,7 @@ def figure() -> None:
         q_axes.set(ylim=(0, 1), ylabel=f"t = {start} (accuracy {accuracy:.2f})", title="Q")
         for color, (key, name) in enumerate(VARIANCES.items()):
             for axes, values in ((v_axes, v[key]), (s_axes, s[key] / s[key][:, 0].max())):
-                low, high = numpy.nanpercentile(values[:, 1:], [2.5, 97.5], axis=1)
+                low, high = numpy.nanpercentile(values[:, 1:], [2.5, 97.5], axis=1, method="nearest")  # some are infinite
                 axes.fill_between(DISTANCES, low, high, color=f"C{color}", alpha=0.1, lw=0)
                 axes.plot(DISTANCES, values[:, 0], "-", color=f"C{color}", label=name)
                 for i, d in enumerate(DISTANCES):
