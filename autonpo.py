@@ -56,7 +56,7 @@ from tasks import UsageError
 @dataclass
 class AutoNPOConfig(NPOConfig):
     out: str = "runs/autonpo"  # run directory; the same command resumes it
-    steps: int = 200  # training steps of the policy that there is in the end; those taken back come on top
+    steps: int = 300  # training steps of the policy that there is in the end; those taken back come on top
     eval_every: int = 10  # steps between evaluations
     save_every: int = 10  # steps between checkpoints, between looks at the warning, and between distances D
     # Mistake pool

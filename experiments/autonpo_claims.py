@@ -25,7 +25,7 @@ ROOT, RUNS, RESULTS = HERE.parent, HERE / "runs", HERE / "autonpo_claims.jsonl"
 sys.path.insert(0, str(ROOT))
 from run import evaluations, read_jsonl, surviving
 
-SEEDS, STEPS, LONG = range(5), (200, 300), 600  # AutoNPO's default, and longer
+SEEDS, STEPS, LONG = range(5), (200, 300), 600  # a shorter run, and AutoNPO's default
 
 
 def result(name: str, command: str, seed: int) -> dict:
