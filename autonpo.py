@@ -194,7 +194,7 @@ def token_kl(groups: list[Group], path: Path, config: AutoNPOConfig) -> float:
         some = rows[first : first + config.micro_batch_size]
         logprobs, _ = old.logprobs(
             [(inputs, c.token_ids) for inputs, c in some], config.temperature
-        )  # 0 where there is no token
+        )  # (B, T), 0 in the padding
         total += sum(sum(c.behavior_logprobs) for _, c in some) - logprobs.double().sum().item()
     return total / sum(len(c.token_ids) for _, c in rows)
 
@@ -231,20 +231,12 @@ def decide(run: Run, pool: MistakePool, config: AutoNPOConfig) -> dict:
             variance[distance] = math.exp(token_kl(groups, path, config))
     best = select_rollback(quality, variance)
     line["autonpo/distance"] = best
-    line["autonpo/table"] = [
-        {
-            "distance": d,
-            "prompts": count[d],
-            "quality": quality[d],
-            "variance": variance[d],
-            "signal": signal(quality[d], variance[d]),
-        }
-        for d in sorted(quality)
-    ]
+    for d in sorted(quality):
+        row = {"distance": d, "prompts": count[d], "quality": quality[d], "variance": variance[d]}
+        line["autonpo/table"].append(row | {"signal": signal(quality[d], variance[d])})
     if not best:
-        why = (
-            "at no distance is anything solved" if quality else f"no checkpoint has {config.min_slice} probed mistakes after it"
-        )
+        unknown = f"no checkpoint has {config.min_slice} probed mistakes after it"
+        why = "at no distance is anything solved" if quality else unknown
         return line | {"autonpo/decision": f"stay: {why}"}
     return line | {"autonpo/decision": f"back to step {run.step - best}, D* = {best}"}
 
@@ -283,11 +275,13 @@ def intervene(run: Run, pool: MistakePool, monitor: Monitor, reason: str, config
 
 
 def described(line: dict) -> str:
-    table = [f"  D {row['distance']:4d}   Q^ {row['quality']:.3f} of {row['prompts']:3d} prompts   V^ {row['variance']:.4f}   S^ {row['signal']:.3f}"
-             for row in line["autonpo/table"]]  # fmt: skip
-    return "\n".join([f"after step {line['autonpo/step']}: warning: {line['autonpo/reason']}", 
-                      f"  probe of {line['autonpo/probed']} mistakes: {line['autonpo/pass_rate']:.2f} solved", *table,
-                      f"  {line['autonpo/decision']}"])  # fmt: skip
+    """A decision's log line in words."""
+    text = [f"after step {line['autonpo/step']}: warning: {line['autonpo/reason']}",
+            f"  probe of {line['autonpo/probed']} mistakes: {line['autonpo/pass_rate']:.2f} solved"]  # fmt: skip
+    for row in line["autonpo/table"]:
+        text.append(f"  D {row['distance']:4d}   Q^ {row['quality']:.3f} of {row['prompts']:3d} prompts   "
+                    f"V^ {row['variance']:.4f}   S^ {row['signal']:.3f}")  # fmt: skip
+    return "\n".join([*text, f"  {line['autonpo/decision']}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,12 +318,9 @@ def train(config: AutoNPOConfig, out: Path) -> None:
             pool.observe(step, {row: pass_rate(group) for row, group in zip(rows, groups)}, config)
             monitor.observe(step, own["reward"], own["entropy"], config)
             run.memory = {"pool": list(pool.failed_at.items()), "monitor": asdict(monitor), "guided_until": until}
-            watched = {
-                "autonpo/reward": monitor.reward,
-                "autonpo/entropy": monitor.entropy,
-                "autonpo/pool": len(pool.failed_at),
-            }
-            run.end_step(step, groups, stats | watched | (guide_use(step, groups, mixed) if step <= until else {}), mixed)
+            stats |= {"autonpo/reward": monitor.reward, "autonpo/entropy": monitor.entropy, "autonpo/pool": len(pool.failed_at)}
+            stats |= guide_use(step, groups, mixed) if step <= until else {}
+            run.end_step(step, groups, stats, mixed)
             for path in checkpoints(out):
                 if path < checkpoint_path(out, step - config.max_distance):
                     remove_checkpoint(path)  # it can no longer be chosen
