@@ -38,9 +38,9 @@ import verifier
 from npo import build_cache, load_cache, replace_slot
 from policy import VISION_TOKENS, Completion, Group, load_tokenizer
 from run import load_config_prompts, model_path
-from tasks import PromptSet
+from tasks import PromptSet, UsageError
 
-# What of TRL is private and used here; nothing else in this project touches it.
+# What of TRL is private and used here, with the attribute _metrics; nothing else in this project touches it.
 PRIVATE = ("_generate", "_generate_and_score_completions", "_get_per_token_logps_and_entropies", "_compute_loss")
 
 
@@ -268,8 +268,13 @@ def make_trainer(arguments: Arguments, config: NPOConfig) -> NPOTrainer:
 def main() -> None:
     arguments, config = HfArgumentParser((Arguments, NPOConfig), description=__doc__).parse_args_into_dataclasses()
     config.reward_weights = [verifier.ACCURACY_WEIGHT, verifier.FORMAT_WEIGHT]
-    trainer = make_trainer(arguments, config)
-    trainer.train(resume_from_checkpoint=any(Path(config.output_dir).glob("checkpoint-*")))
+    try:
+        trainer = make_trainer(arguments, config)
+        trainer.train(resume_from_checkpoint=any(Path(config.output_dir).glob("checkpoint-*")))
+    except UsageError as error:
+        raise SystemExit(f"error: {error}") from None
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that leaves while another still talks to it takes it down
 
 
 if __name__ == "__main__":

@@ -121,6 +121,27 @@ def test_rewards_and_advantages_are_the_mixed_groups(fresh, prompts, tmp_path):
     assert not trainer._taken
 
 
+@pytest.mark.parametrize("is_correction", [True, False])
+def test_several_updates_on_a_batch(fresh, prompts, tmp_path, is_correction):
+    """TRL then has old log-probs of its own: the guide's row gets the recorded ones, or with no correction those of the policy."""
+    some = asked(prompts, True)
+    guides = guides_for(fresh, some)
+    trainer = trainer_of(NPOTrainer, tmp_path, some, reward=lambda completions, **_: [0.0] * len(completions), guides=guides,
+                         num_iterations=2, gradient_accumulation_steps=1, steps_per_generation=2, is_correction=is_correction)  # fmt: skip
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[1]] * 4)
+    guide, old = guides[some[1].id], batch["old_per_token_logps"]
+    with torch.no_grad():
+        ids, mask = (torch.cat([batch[f"prompt_{what}"], batch[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
+        fields = {key: batch[key] for key in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
+        policys = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, old.shape[1], **fields)[0]
+    count = len(guide.token_ids)
+    recorded = torch.tensor(guide.behavior_logprobs) if is_correction else policys[3, :count]
+    assert torch.allclose(old[3, :count], recorded, atol=1e-5) and "guide_logprobs" not in batch
+    real = batch["completion_mask"].bool()
+    assert torch.allclose(old[:3][real[:3]], policys[:3][real[:3]], atol=1e-5)
+
+
 def test_without_guides_it_is_trl_bit_by_bit(fresh, prompts, tmp_path):
     some = asked(prompts, True)
     nobodys = {"another prompt": next(iter(guides_for(fresh, some).values()))}
@@ -164,6 +185,8 @@ if trainer.accelerator.is_main_process:
     model = trainer.accelerator.unwrap_model(trainer.model)
     torch.save([model.state_dict(), [line["loss"] for line in trainer.state.log_history if "loss" in line],
                 [line["npo/guide_frac"] for line in trainer.state.log_history if "npo/guide_frac" in line]], {out!r} + ".pt")
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()  # a process that leaves while the other still talks to it takes it down
 """
 
 
@@ -225,6 +248,14 @@ def test_command_line_builds_the_cache_and_trains(command, tmp_path):
     assert "'loss'" in done.stdout and len((tmp_path / "run/guide.jsonl").read_text().splitlines()) == 1 + 8
     assert (tmp_path / "run/checkpoint-2/model.safetensors").is_file()
     Policy(tmp_path / "run/checkpoint-2", device="cpu")  # can be a guide, or be evaluated
+
+
+def test_mistakes_end_in_one_line_and_help_explains(command, tmp_path):
+    done = command("npo_trl.py", "--model", "cards", "--dataset", "nowhere.parquet", "--output_dir", tmp_path, "--use_cpu", "True",
+                   "--bf16", "False", check=False)  # fmt: skip
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --dataset nowhere.parquet")
+    text = " ".join(command("npo_trl.py", "--help").stdout.split())
+    assert "a slot is replaced where the pass-rate is at most this" in text and "not specified by the paper" in text
 
 
 def test_a_trl_that_moved_its_private_names_is_a_clear_error(monkeypatch):
