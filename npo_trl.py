@@ -7,7 +7,8 @@ the guide's answer *between generation and rewards*, so that TRL's own code comp
 Kept: everything else of TRL's. Its advantages divide by std + 1e-4, ours by std + 1e-6. NPO's loss is `loss_type="grpo"`, no KL: the defaults
 of NPOConfig below. Without guides this is GRPOTrainer to the bit.
 
-    accelerate launch npo_trl.py --guide runs/grpo/checkpoints/step_000040 --output_dir runs/npo_trl      # the cards world
+    accelerate launch npo_trl.py --guide runs/grpo/checkpoints/step_000040 --output_dir runs/npo_trl --use_cpu True --bf16 False \\
+        --learning_rate 1e-4 --per_device_train_batch_size 64 --max_completion_length 64 --max_steps 60      # the cards world
     accelerate launch --config_file experiments/accelerate/eight_gpus.yaml npo_trl.py \\
         --model Qwen/Qwen3-VL-8B-Instruct --dataset hiyouga/geometry3k --guide GUIDE --output_dir runs/8b --bf16
 
