@@ -319,7 +319,7 @@ def train(config: AutoNPOConfig, out: Path) -> None:
             monitor.observe(step, own["reward"], own["entropy"], config)
             run.memory = {"pool": list(pool.failed_at.items()), "monitor": asdict(monitor), "guided_until": until}
             stats |= {"autonpo/reward": monitor.reward, "autonpo/entropy": monitor.entropy, "autonpo/pool": len(pool.failed_at)}
-            stats |= guide_use(step, groups, mixed) if step <= until else {}
+            stats |= guide_use(step, mixed) if step <= until else {}
             run.end_step(step, groups, stats, mixed)
             for path in checkpoints(out):
                 if path < checkpoint_path(out, step - config.max_distance):

@@ -10,7 +10,11 @@ thing: whenever adding a card carries into the next digit, they mostly *forget t
 wrong total. So right answers are rare, rarer with every carry, and what reinforcement learning finds on one
 prompt helps on all others. `CARRY_RATE` is the sparsity of that signal.
 
+A second, larger model in assets/teacher adds without a mistake, but writes in another way, as teachers do: it stops at
+every ten (27 +3= 30 +5= 35 for a card of 8). Right answers, far from what the policy would say: LUFFY's source.
+
     OMP_NUM_THREADS=1 python cards.py build-base    # rebuilds assets/base, 7 minutes
+    OMP_NUM_THREADS=2 python cards.py build-teacher # rebuilds assets/teacher, 13 minutes
     python cards.py show                            # three prompts with a demonstration each, and cards.png
 """
 
@@ -21,7 +25,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 ASSETS = Path(__file__).parent / "assets"
-BASE = ASSETS / "base"
+BASE, TEACHER = ASSETS / "base", ASSETS / "teacher"
 CARRY_RATE = 0.2  # chosen once, so that the base solves about 1 % of the prompts
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 2048, 256
 MAX_START, MIN_CARDS, MAX_CARDS = 59, 6, 8
@@ -100,8 +104,19 @@ def demonstrate(hand: Hand, rng: random.Random, carry_rate: float = CARRY_RATE) 
     return " ".join([*words, f"\\boxed{{{total}}}"])
 
 
+def make_ten(hand: Hand) -> str:
+    """The teacher's solution: always right, and what carries is added in two steps, up to the ten and beyond it."""
+    total, words = hand.start, [str(hand.start)]
+    for digit in hand.digits:
+        to_ten = 10 - total % 10
+        for part in (to_ten, digit - to_ten) if digit > to_ten else (digit,):
+            total += part
+            words.append(f"+{part}= {total}")
+    return " ".join([*words, f"\\boxed{{{total}}}"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The tiny base. Everything below is needed only to rebuild assets/base.
+# The tiny base and its teacher. Everything below is needed only to rebuild assets/base and assets/teacher.
 # ---------------------------------------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (
@@ -134,12 +149,12 @@ def build_tokenizer():
     return tokenizer
 
 
-def tiny_config(tokenizer, hidden: int = 96):
-    """A Qwen3VLConfig of under 0.5 M parameters; head_dim 32 is the smallest that vLLM's CPU attention accepts."""
+def tiny_config(tokenizer, hidden: int = 96, layers: int = 3):
+    """A Qwen3VLConfig, by default of under 0.5 M parameters; head_dim 32 is the smallest that vLLM's CPU attention accepts."""
     from transformers import Qwen3VLConfig
 
     text = dict(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=3,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
         num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4],
                          "mrope_interleaved": True},
@@ -165,6 +180,26 @@ def build_base(out: Path = BASE, seed: int = 0, steps: int = 1000, batch: int = 
         batch: Demonstrations a step.
         carry_rate: How often a demonstration remembers a carry.
     """
+    tokenizer = build_tokenizer()
+    build(out, tokenizer, tiny_config(tokenizer), lambda hand, rng: demonstrate(hand, rng, carry_rate), seed, steps, batch)
+
+
+def build_teacher(out: Path = TEACHER, seed: int = 1, steps: int = 1000, batch: int = 128) -> None:
+    """Trains the teacher, a larger model, in the same way on solutions that stop at every ten; saved in bf16.
+
+    Args:
+        out: Where the teacher goes.
+        seed: Of the initial weights and the hands.
+        steps: Training steps.
+        batch: Solutions a step.
+    """
+    tokenizer = build_tokenizer()
+    config = tiny_config(tokenizer, hidden=128, layers=4)
+    build(out, tokenizer, config, lambda hand, rng: make_ten(hand), seed, steps, batch).bfloat16().save_pretrained(out)
+
+
+def build(out: Path, tokenizer, config, solve, seed: int, steps: int, batch: int):
+    """Trains a model on what `solve(hand, rng)` writes, saves it with its tokenizer and image processor, and returns it."""
     import torch
     from tqdm import trange
     from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
@@ -172,12 +207,11 @@ def build_base(out: Path = BASE, seed: int = 0, steps: int = 1000, batch: int = 
     torch.manual_seed(seed)
     rng = random.Random(f"demonstrations {seed}")
     held_out = set(hands("held_out"))
-    tokenizer = build_tokenizer()
     processor = Qwen2VLImageProcessorPil(
         patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1024, "longest_edge": 1 << 20},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
-    model = AutoModelForImageTextToText.from_config(tiny_config(tokenizer))
+    model = AutoModelForImageTextToText.from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:  # the library's std of 0.02 is meant for widths in the thousands
             fan_in = parameter[0].numel() if "embed" not in name else parameter.shape[-1]
@@ -194,7 +228,7 @@ def build_base(out: Path = BASE, seed: int = 0, steps: int = 1000, batch: int = 
         prompts = [tokenizer.apply_chat_template(messages(h), tokenize=False, add_generation_prompt=True) for h in dealt]
         prompts = [p.replace("<|image_pad|>", "<|image_pad|>" * len(h.digits)) for p, h in zip(prompts, dealt)]
         prompts = [tokenizer(p).input_ids for p in prompts]
-        answers = [tokenizer(demonstrate(h, rng, carry_rate)).input_ids + [tokenizer.eos_token_id] for h in dealt]
+        answers = [tokenizer(solve(h, rng)).input_ids + [tokenizer.eos_token_id] for h in dealt]
         width = max(len(p) + len(a) for p, a in zip(prompts, answers))
         ids = torch.full((batch, width), tokenizer.pad_token_id)
         labels = torch.full((batch, width), -100)
@@ -214,6 +248,7 @@ def build_base(out: Path = BASE, seed: int = 0, steps: int = 1000, batch: int = 
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     for part in (model, tokenizer, processor):
         part.save_pretrained(out)
+    return model
 
 
 def show(out: Path = Path("cards.png")) -> None:
@@ -232,4 +267,4 @@ def show(out: Path = Path("cards.png")) -> None:
 if __name__ == "__main__":
     import tyro
 
-    tyro.extras.subcommand_cli_from_dict({"build-base": build_base, "show": show})
+    tyro.extras.subcommand_cli_from_dict({"build-base": build_base, "build-teacher": build_teacher, "show": show})

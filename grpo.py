@@ -24,7 +24,7 @@ import torch
 
 import report
 import verifier
-from policy import Group, Policy
+from policy import Completion, Group, Policy
 from run import Run, command_line
 from tasks import UsageError
 
@@ -126,16 +126,35 @@ def clipped_policy_loss(
     return loss, stats
 
 
-def update(policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group], config: GRPOConfig) -> dict:
+def policy_loss(policy: Policy, rows: list[tuple], config: GRPOConfig, num_sequences: int) -> tuple[torch.Tensor, dict]:
+    """The loss of a micro-batch of B rows (inputs, completion, advantage), and its stats per token."""
+    inputs, completions, advantages = zip(*rows)
+    logprobs, mask = policy.logprobs(list(zip(inputs, [c.token_ids for c in completions])), config.temperature)  # (B, T)
+    old_logprobs = behavior_logprobs(completions, logprobs, mask)  # (B, T)
+    return clipped_policy_loss(
+        logprobs, old_logprobs, logprobs.new_tensor(advantages), mask, config.clip_low, config.clip_high, num_sequences
+    )
+
+
+def behavior_logprobs(completions: list[Completion], logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Those recorded with the completions, laid out as `logprobs` (B, T); 0 outside of the mask."""
+    recorded = logprobs.new_tensor([lp for c in completions for lp in c.behavior_logprobs])
+    return torch.zeros_like(logprobs).masked_scatter(mask, recorded)
+
+
+def update(
+    policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group], config: GRPOConfig,
+    advantages_of=group_advantages, loss_of=policy_loss,
+) -> dict:  # fmt: skip
     """`updates_per_batch` optimizer steps on the groups; returns their metrics (of the first step, where they differ).
 
     A group whose rewards are all alike has zero advantages and no gradient: it is counted, but left out of forward and
-    backward. With no other group in the batch there is no optimizer step.
+    backward. With no other group in the batch there is no optimizer step. baselines.py has other advantages and losses.
     """
     rewards = torch.tensor([[c.reward for c in group.completions] for group in groups])  # (P, G)
     if not rewards.isfinite().all():
         raise FloatingPointError(f"a reward is {rewards[~rewards.isfinite()][0].item()}")
-    advantages = group_advantages(rewards)  # (P, G)
+    advantages = advantages_of(rewards)  # (P, G)
     live = advantages.abs().amax(dim=1) > 0  # (P,)
     rows = [(group.inputs, completion, advantage)
             for group, of_group, use in zip(groups, advantages.tolist(), live) if use
@@ -145,19 +164,14 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, groups: list[Group]
     for repeat in range(config.updates_per_batch if rows else 0):
         total = 0.0
         for first in range(0, len(rows), config.micro_batch_size):
-            inputs, completions, gains = zip(*rows[first : first + config.micro_batch_size])
-            tokens = [completion.token_ids for completion in completions]
-            logprobs, mask = policy.logprobs(list(zip(inputs, tokens)), config.temperature)  # (B, T) of the micro-batch
-            behavior = logprobs.new_tensor([lp for c in completions for lp in c.behavior_logprobs])
-            old_logprobs = torch.zeros_like(logprobs).masked_scatter(mask, behavior)  # (B, T)
-            loss, stats = clipped_policy_loss(
-                logprobs, old_logprobs, logprobs.new_tensor(gains), mask,
-                config.clip_low, config.clip_high, num_sequences=rewards.numel(),
-            )  # fmt: skip
+            some = rows[first : first + config.micro_batch_size]
+            loss, stats = loss_of(policy, some, config, num_sequences=rewards.numel())
             loss.backward()
             total += loss.item()
             if repeat == 0:
-                per_row = zip(completions, *(stats[name].cpu() for name in ("ratio", "low", "high")))
+                per_row = zip(
+                    (completion for _, completion, _ in some), *(stats[name].cpu() for name in ("ratio", "low", "high"))
+                )
                 seen += [(c, *(value[: len(c.token_ids)] for value in values)) for c, *values in per_row]
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if not torch.tensor([total, norm]).isfinite().all():

@@ -116,29 +116,29 @@ def train(
             if not config.is_correction:
                 mixed = without_is_correction(mixed, run.policy, config)
             stats = update(run.policy, run.optimizer, mixed, config)
-            run.end_step(step, groups, stats | guide_use(step, groups, mixed), mixed)
+            run.end_step(step, groups, stats | guide_use(step, mixed), mixed)
 
 
 @torch.no_grad()
-def without_is_correction(mixed: list[Group], policy: Policy, config: NPOConfig) -> list[Group]:
+def without_is_correction(mixed: list[Group], policy: Policy, config: GRPOConfig) -> list[Group]:
     """The groups with the guide's log-probs replaced by the policy's own, so that the guide slot's ratio starts at 1."""
-    mixed = list(mixed)
-    guided = [i for i, group in enumerate(mixed) if group.completions[-1].source != "policy"]
+    guided = [(group.inputs, c) for group in mixed for c in group.completions if c.source != "policy"]
+    own = {}
     for first in range(0, len(guided), config.micro_batch_size):
         chunk = guided[first : first + config.micro_batch_size]
-        rows = [(mixed[i].inputs, mixed[i].completions[-1].token_ids) for i in chunk]
-        logprobs, mask = policy.logprobs(rows, config.temperature)  # (B, T) of the guides
-        for i, values, real in zip(chunk, logprobs, mask):
-            own = dataclasses.replace(mixed[i].completions[-1], behavior_logprobs=values[real].tolist())
-            mixed[i] = dataclasses.replace(mixed[i], completions=[*mixed[i].completions[:-1], own])
-    return mixed
+        logprobs, mask = policy.logprobs([(inputs, c.token_ids) for inputs, c in chunk], config.temperature)  # (B, T)
+        for (_, guide), values, real in zip(chunk, logprobs, mask):
+            own[id(guide)] = dataclasses.replace(guide, behavior_logprobs=values[real].tolist())
+    return [dataclasses.replace(group, completions=[own.get(id(c), c) for c in group.completions])
+            if any(id(c) in own for c in group.completions) else group for group in mixed]  # fmt: skip
 
 
-def guide_use(step: int, groups: list[Group], mixed: list[Group]) -> dict:
-    guides = [after.completions[-1] for before, after in zip(groups, mixed) if after is not before]
-    use = {"npo/guide_frac": len(guides) / len(groups)}
-    if guides:
-        use["npo/distance"] = statistics.fmean(int(guide.source.removeprefix("guide@")) for guide in guides) - step
+def guide_use(step: int, mixed: list[Group]) -> dict:
+    """Of the groups that are trained: the share with a guide, and how many steps ahead of the policy their guides are."""
+    sources = [[c.source for c in group.completions if c.source != "policy"] for group in mixed]
+    use = {"npo/guide_frac": sum(map(bool, sources)) / len(mixed)}
+    if ahead := [int(source.partition("@")[2]) - step for of_group in sources for source in of_group if "@" in source]:
+        use["npo/distance"] = statistics.fmean(ahead)
     return use
 
 
@@ -149,7 +149,7 @@ def guide_use(step: int, groups: list[Group], mixed: list[Group]) -> dict:
 
 def build_cache(
     config: NPOConfig, guide: str | Path, first_step: int, until: int, path: Path,
-    rows: list[int] | None = None, policy: Policy | None = None,
+    rows: list[int] | None = None, policy: Policy | None = None, line_of=None,
 ) -> None:  # fmt: skip
     """Lets the guide answer the prompts of steps `first_step` to `until`; resumes where a kill stopped it.
 
@@ -159,6 +159,7 @@ def build_cache(
     Args:
         rows: only these rows of the data set.
         policy: the guide, where it is loaded already.
+        line_of: (group, guide's step) -> a prompt's line, where it keeps more than `cache_line` does.
     """
     if until < first_step:
         raise UsageError(f"the guide has no step to help with: guided from step {first_step} until step {until}; take a later "
@@ -192,7 +193,7 @@ def build_cache(
             prompts = [prompt_set[row] for row in rows[first : first + size]]
             groups = policy.sample(prompts, config.guide_samples, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
-            file.writelines(json.dumps(cache_line(group, state["step"])) + "\n" for group in groups)
+            file.writelines(json.dumps((line_of or cache_line)(group, state["step"])) + "\n" for group in groups)
             file.flush()
             bar.update(len(groups))
     partial.rename(path)

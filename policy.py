@@ -177,13 +177,16 @@ class Policy:
 
     # ------------------------------------------------------------------------------------------------------ log-probs
 
-    def logprobs(self, rows: list[tuple[Inputs, list[int]]], temperature: float) -> tuple[torch.Tensor, ...]:
+    def logprobs(
+        self, rows: list[tuple[Inputs, list[int]]], temperature: float, entropy: bool = False
+    ) -> tuple[torch.Tensor, ...]:
         """Token log-probs of completions, with gradient.
 
         Args:
             rows: B pairs of an encoded prompt and the completion's token ids, EOS included.
         Returns:
-            log-probs (B, T), 0 beyond a row's length; mask (B, T), True on the completion's tokens.
+            log-probs (B, T), 0 beyond a row's length; mask (B, T), True on the completion's tokens; if asked for, the
+            entropy (B, T) in nats of the distribution that each token is drawn from.
         """
         ids, attention, positions, cache = self._read([inputs for inputs, _ in rows])
         completions = [torch.tensor(tokens, device=self.device) for _, tokens in rows]
@@ -198,15 +201,19 @@ class Policy:
             past_key_values=cache,
         ).last_hidden_state  # (B, T, H)
         parts = [
-            checkpoint(self._project, h, t, temperature, use_reentrant=False)
+            checkpoint(self._project, h, t, temperature, entropy, use_reentrant=False)
             for h, t in zip(hidden[mask].split(VOCABULARY_CHUNK), targets[mask].split(VOCABULARY_CHUNK))
         ]
-        logprobs = torch.cat(parts)  # (N,), of the N real tokens
-        return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask
+        values = torch.cat(parts)  # (N, 1 or 2), of the N real tokens
+        logprobs, *more = (values.new_zeros(mask.shape).masked_scatter(mask, column) for column in values.unbind(-1))
+        return logprobs, mask, *more
 
-    def _project(self, hidden, target, temperature):
+    def _project(self, hidden, target, temperature, entropy):
         logprobs = self.adjust(self.model.get_output_embeddings()(hidden), temperature)  # (N, V)
-        return logprobs.gather(-1, target[:, None])[:, 0]
+        values = [logprobs.gather(-1, target[:, None])[:, 0]]
+        if entropy:
+            values.append(-(logprobs.exp() * logprobs.masked_fill(logprobs == float("-inf"), 0.0)).sum(dim=-1))
+        return torch.stack(values, dim=-1)
 
     def _read(self, rows: list[Inputs]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DynamicCache]:
         """Runs each distinct prompt once, all but its last token, and copies its keys and values to all of its rows.

@@ -31,10 +31,10 @@ def totals(out: Path) -> dict:
     }
 
 
-def grpo(out: Path) -> None:
-    """summary.json and curves.png of a run without a guide."""
+def grpo(out: Path, name: str = "GRPO") -> None:
+    """summary.json and curves.png of a run that had no scout."""
     summary = totals(out)
-    write(out, summary, {"GRPO": out})
+    write(out, summary, {name: out})
     say(f"{out}: held-out accuracy {summary['eval/accuracy_start']:.3f} -> {summary['eval/accuracy']:.3f} in "
         f"{summary['steps']} steps, {summary['sampled_tokens']:,} sampled tokens, {summary['training_seconds']:.0f} s")  # fmt: skip
 

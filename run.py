@@ -1,6 +1,7 @@
 """The run directory: what a training run reads and writes.  Plumbing; skip it on a first read.
 
-    config.json  metrics.jsonl  samples.jsonl  checkpoints/step_000040/  curves.png  summary.json   (npo.py: + guide.jsonl)
+    config.json  metrics.jsonl  samples.jsonl  checkpoints/step_000040/  curves.png  summary.json
+    (npo.py: + guide.jsonl, baselines.py exgrpo: + experience.jsonl)
 
 The directory is the truth. Which prompts step k sees, and the seed that it samples with, are pure functions of (seed, k);
 so resuming needs no generator state, a rollback replays the same prompts, and the same command continues a run from its
@@ -25,6 +26,8 @@ import cards
 import verifier
 from policy import Group, Policy
 from tasks import PromptSet, UsageError, load_prompts
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step; a resumed run drops those after its checkpoint
 
 
 def derived_seed(*key) -> int:
@@ -162,12 +165,14 @@ class Run:
                 yield self.step + 1
                 bar.update(self.step - bar.n)
 
-    def sample(self, step: int) -> list[Group]:
-        """The groups of a step: its prompts, each answered G times by the policy."""
+    def sample(self, step: int, rows: list[int] | None = None, group_size: int = 0) -> list[Group]:
+        """The groups of a step: its prompts (or these rows of the data set), each answered G times by the policy."""
         self.clock = [time.perf_counter()]
-        prompts = [self.train_prompts[row] for row in rows_of_step(len(self.train_prompts), step, self.config)]
+        rows = rows_of_step(len(self.train_prompts), step, self.config) if rows is None else rows
+        prompts = [self.train_prompts[row] for row in rows]
         seed = derived_seed(self.config.seed, "sample", step)
-        groups = self.policy.sample(prompts, self.config.group_size, self.config.max_new_tokens, self.config.temperature, seed)
+        size, config = group_size or self.config.group_size, self.config
+        groups = self.policy.sample(prompts, size, config.max_new_tokens, config.temperature, seed)
         self.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
         self.clock.append(time.perf_counter())
         return groups
@@ -212,9 +217,9 @@ class Run:
         state = {"step": self.step, "sampled_tokens": self.sampled_tokens}
         return state | ({"rollbacks": self.rollbacks, "memory": self.memory} if self.memory else {})
 
-    def log(self, line: dict) -> None:
-        """A line of metrics.jsonl that is no step's."""
-        self._write("metrics.jsonl", line)
+    def log(self, line: dict, name: str = "metrics.jsonl") -> None:
+        """A line that is not the step's own, in one of `LOGS`."""
+        self._write(name, line)
 
     def roll_back(self, step: int, memory: dict) -> None:
         """Goes back to the checkpoint of an earlier step: weights, optimizer, and step; `memory` is what goes on from there.
@@ -242,7 +247,7 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def _keep_until(self, last: tuple[int, int]) -> None:
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in LOGS:
             path, aside = self.out / name, self.out / f"{name}.tmp"
             if path.is_file():
                 kept = [line for line in read_jsonl(path) if written(line) <= last]
@@ -359,9 +364,9 @@ def say(text: str) -> None:
 def step_line(metrics: dict, config) -> str:
     parts = [f"step {metrics['step']:04d}/{config.steps:04d}", f"acc {metrics['accuracy']:.3f}",
              f"live {1 - metrics['frac_reward_zero_std']:.0%}"]  # fmt: skip
-    if "npo/distance" in metrics:
-        used = round(metrics["npo/guide_frac"] * config.prompts_per_step)
-        parts.append(f"guide {used}/{config.prompts_per_step} D {metrics['npo/distance']:.0f}")
+    if metrics.get("npo/guide_frac"):
+        distance = f" D {metrics['npo/distance']:.0f}" if "npo/distance" in metrics else ""
+        parts.append(f"guide {round(metrics['npo/guide_frac'] * config.prompts_per_step)}/{config.prompts_per_step}{distance}")
     clipped = metrics.get("clip_ratio/low_mean", 0) + metrics.get("clip_ratio/high_mean", 0)
     parts += [f"loss {metrics['loss']:.3f}", f"ratio {metrics['ratio']:.2f} clip {clipped:.1%}",
               f"ent {metrics['entropy']:.2f}",
@@ -374,7 +379,7 @@ def step_line(metrics: dict, config) -> str:
 
 def transcript(step: int, groups: list[Group], trained: list[Group]) -> dict:
     """One group of the step, the first with a replaced slot if there is one: the last slot before and after."""
-    shown = next((i for i, (a, b) in enumerate(zip(groups, trained)) if a is not b), 0)
+    shown = next((i for i, group in enumerate(trained) if group.completions[-1].source != "policy"), 0)
     group, slot = groups[shown], groups[shown].completions[-1]
     line = {
         "step": step, "prompt_id": group.prompt.id, "gold": group.prompt.gold,
@@ -382,7 +387,6 @@ def transcript(step: int, groups: list[Group], trained: list[Group]) -> dict:
         "pass_rate": statistics.fmean(c.accuracy for c in group.completions),
         "policy": slot.text, "reward": slot.reward,
     }  # fmt: skip
-    if trained[shown] is not group:
-        guide = trained[shown].completions[-1]
+    if (guide := trained[shown].completions[-1]).source != "policy":
         line |= {"guide": guide.text, "source": guide.source}
     return line

@@ -17,6 +17,7 @@ ALLOWED = {
     "grpo": {"verifier", "tasks", "policy", "run", "report"},
     "npo": {"verifier", "tasks", "policy", "run", "report", "grpo"},
     "autonpo": {"verifier", "tasks", "policy", "run", "report", "grpo", "npo", "signal_theory"},
+    "baselines": {"cards", "verifier", "tasks", "policy", "run", "report", "grpo", "npo"},
     "npo_trl": {"verifier", "tasks", "policy", "run", "npo"},
 }
 
