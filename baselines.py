@@ -8,25 +8,28 @@ Letters as in grpo.py; a slot's trajectory o of another policy has token ratios 
     exgrpo    own past           half a batch, its own pool   the past policy             f(w) = w / (w + 0.1), never clipped
     rlep      own far future     every one                    pi_old, the policy itself   w, clipped
 
-LUFFY (Yan et al., arXiv 2504.14945; code ElliottYan/LUFFY, exp_scripts/train.sh), against npo.py: a stronger model's right answer, one
-a prompt, takes the last slot whatever the pass-rate. Its probabilities are unknown: q = 1. Where paper and script differ, the
-script: on-policy slots are not clipped either; A_i = r_i - mean(r), not divided by the std; token terms are summed over a sequence and
-divided by the constant longest length; 0.001 times the entropy is added.
+LUFFY (Yan et al., arXiv 2504.14945; code ElliottYan/LUFFY, exp_scripts/train.sh), against npo.py: another model's right answer, one
+a prompt, takes the last slot whatever the pass-rate (prompts without one keep their own slots). Its probabilities are unknown: q = 1. The
+script is followed: A_i = r_i - mean(r), not divided by the std; token terms are summed over a sequence and divided by the
+constant longest length; own slots are not clipped; plus 0.001 times the entropy (the paper: 0.01). Ours: the mean over sequences, where the
+script sums, so its entropy weighs less; and groups that are all alike are left out, the bonus included, as in grpo.update.
 
 ExGRPO (Zhan et al., arXiv 2510.02245; code in ElliottYan/LUFFY, ExGRPO/), against LUFFY: the trajectory is the policy's own, of an earlier step,
 with the log-probs recorded then. Half the prompts of a batch come from a pool of those solved k of n times, 0 < k < n,
-when last asked. A bucket k is drawn with weight N(k; n/2, 1), then a prompt of it; of its stored answers the one with the lowest mean
-token entropy under the present policy is replayed. A prompt solved n of n leaves for good. All this starts after the first batch
-solved beyond 0.35. Where code and paper differ: the paper's entropy (the code averages over padding); the code's clip and loss, as LUFFY.
-Unlike both, a prompt that left the pool is still asked when the next epoch comes to it.
+when last asked, replayed slot included. A bucket k is drawn with weight N(k; n/2, 1), then a prompt of it; of its stored answers the one with
+the lowest mean token entropy under the present policy is replayed. A prompt solved n of n leaves for good. All this starts after the first
+batch solved beyond 0.35. The paper's entropy is followed, as the code takes it over padding; and the code's loss, from the
+first step on (the code clips until the pool opens). Unlike both, a prompt that left the pool is asked again when the next epoch comes to it.
 
 RLEP (Zhang et al., arXiv 2507.07451; code Kwai-Klear/RLEP, recipe/rlep/rlep_training.sh), against npo.py: the guide is a fully trained
 policy of the same kind of run. A pool keeps all its right answers to each prompt that it solved twice at least; M of them join the G fresh ones
 (16 + 2 in the paper, 8 + 1 here), whatever the pass-rate. Ratios start at 1: q is the policy that is being trained. The loss is
-averaged over all tokens of the batch (DAPO), not within sequences first. Its overlong penalty, warm-up and dual clip are DAPO's, and left out.
+averaged over all tokens of the batch (DAPO), not within sequences first. Ours: the pool is sampled at the training temperature (the paper: 0.7,
+top-p 0.95); a prompt outside of the pool gets G + M fresh answers (the code: M empty ones). Overlong penalty, warm-up and dual clip are left out.
 
-What all of them share with npo.py stays npo.py's: verifier, rewards, optimizer, guide cache. The slots that are replaced are sampled here
-(npo.py's gate needs them), but not counted in `sampled_tokens`: none of the three pays for them.
+What all of them share with npo.py stays npo.py's: verifier, rewards, optimizer, guide cache. With one update a batch, as here by default,
+every ratio of the policy's own slots is 1 and their clip idle; the originals make two (LUFFY, ExGRPO) or eight (RLEP). The slots that are replaced
+are sampled here, but not counted in `sampled_tokens`: none of the three pays for them (npo.py's gate needs them, and pays).
 
     python baselines.py luffy           # the teacher of the cards world, assets/teacher; else --guide MODEL
     python baselines.py exgrpo
@@ -50,27 +53,24 @@ from grpo import GRPOConfig, behavior_logprobs, clipped_policy_loss, group_advan
 from grpo import train as train_grpo
 from npo import build_cache, cache_line, guide_use, load_cache, without_is_correction
 from policy import Completion, Group, Inputs, Policy
-from run import Run, checkpoint_path, command_line, derived_seed, open_directory, read_jsonl, rows_of_step
+from run import Run, answer_metrics, checkpoint_path, command_line, derived_seed, open_directory, read_jsonl, rows_of_step
 from tasks import UsageError
 
 
 @dataclass
 class LUFFYConfig(GRPOConfig):
     out: str = "runs/luffy"  # run directory; the same command resumes it
-    guide: str = ""  # the teacher, a model with the policy's tokenizer [assets/teacher for cards]
+    guide: str = ""  # the teacher, a model folder or hub id with the policy's tokenizer [assets/teacher for cards]
     guide_samples: int = 2  # its answers to a prompt, of which one correct is kept (OpenR1, LUFFY's data: two or more)
     shaping: bool = True  # the teacher's slot weighs f(w) = w / (w + gamma); False: w, the paper's ablation
     gamma: float = 0.1  # of f
     entropy_coef: float = 0.001  # weight of the entropy bonus
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.guide = self.guide or (str(cards.TEACHER) if self.model == "cards" else "")
-
     def check(self) -> None:
         super().check()
         check_shaping(self)
-        if not self.guide:
+        check_guide(self)
+        if not self.guide and self.model != "cards":
             raise UsageError(f"--guide: LUFFY learns from another model; give one with the tokenizer of {self.model}")
         if self.guide_samples < 1:
             raise UsageError(f"--guide-samples {self.guide_samples}: must be at least 1")
@@ -90,6 +90,9 @@ class ExGRPOConfig(GRPOConfig):
         for name in ("replay_frac", "start_accuracy"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie between 0 and 1")
+        if int(self.replay_frac * self.prompts_per_step) < 1:
+            raise UsageError(f"--replay-frac {self.replay_frac}: of --prompts-per-step {self.prompts_per_step} that is no prompt; "
+                             "take more of either")  # fmt: skip
 
 
 @dataclass
@@ -103,6 +106,7 @@ class RLEPConfig(GRPOConfig):
 
     def check(self) -> None:
         super().check()
+        check_guide(self)
         for name in ("scout_steps", "guide_samples", "replays"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -116,6 +120,11 @@ def check_shaping(config) -> None:
         raise UsageError(f"--gamma {config.gamma}: must be above 0; f(w) = w / (w + 0) is 1 and has no gradient")
     if not config.entropy_coef >= 0:
         raise UsageError(f"--entropy-coef {config.entropy_coef}: must not be negative")
+
+
+def check_guide(config) -> None:
+    if config.guide.endswith(".jsonl"):
+        raise UsageError(f"--guide {config.guide}: a guide cache is npo.py's; here give the model or checkpoint folder itself")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,8 +220,9 @@ def replaced_tokens(groups: list[Group], mixed: list[Group]) -> int:
 
 
 def bucket_weight(successes: int, group_size: int) -> float:
-    """ExGRPO's weight of the bucket of prompts solved `successes` of n times: N(k; n/2, 1)."""
-    return math.exp(-((successes - group_size / 2) ** 2) / 2) / math.sqrt(2 * math.pi)
+    """ExGRPO's weight of the bucket of prompts solved `successes` of n times: N(k; n/2, 1), but never quite 0."""
+    density = math.exp(-((successes - group_size / 2) ** 2) / 2) / math.sqrt(2 * math.pi)
+    return max(density, 1e-300)  # it underflows 39 successes from the middle
 
 
 @dataclass
@@ -280,7 +290,7 @@ def pool_line(group: Group, guide_step: int) -> dict:
 
 def luffy(config: LUFFYConfig, out: Path) -> None:
     open_directory(config, out)
-    header, cache, tokens = cached(config, config.guide, out / "guide.jsonl", cache_line)
+    header, cache, tokens = cached(config, config.guide or cards.TEACHER, out / "guide.jsonl", cache_line)
     unknown = {
         id: dataclasses.replace(c, source="teacher", behavior_logprobs=[0.0] * len(c.token_ids)) for id, c in cache.items()
     }
@@ -322,11 +332,7 @@ def exgrpo(config: ExGRPOConfig, out: Path) -> None:
                     run.log(line, "experience.jsonl")
             stats |= guide_use(step, mixed) | {"exgrpo/pool": len(pool.solved), "exgrpo/retired": len(pool.retired)}
             run.end_step(step, groups, stats, mixed)
-            begun = (
-                begun
-                or sum(c.accuracy for g in groups for c in g.completions)
-                > config.start_accuracy * len(rows) * config.group_size
-            )
+            begun = begun or answer_metrics(groups)["accuracy"] > config.start_accuracy
 
 
 def rlep(config: RLEPConfig, out: Path) -> None:

@@ -10,8 +10,9 @@ thing: whenever adding a card carries into the next digit, they mostly *forget t
 wrong total. So right answers are rare, rarer with every carry, and what reinforcement learning finds on one
 prompt helps on all others. `CARRY_RATE` is the sparsity of that signal.
 
-A second, larger model in assets/teacher adds without a mistake, but writes in another way, as teachers do: it stops at
-every ten (27 +3= 30 +5= 35 for a card of 8). Right answers, far from what the policy would say: LUFFY's source.
+A second, larger model in assets/teacher never learnt to forget a carry, and writes in another way, as teachers do: it stops at
+every ten that it passes (27 +3= 30 +5= 35 for a card of 8). TEACHER_ACCURACY of its answers to held-out hands are right, but they
+are far from what the policy would say: LUFFY's source.
 
     OMP_NUM_THREADS=1 python cards.py build-base    # rebuilds assets/base, 7 minutes
     OMP_NUM_THREADS=2 python cards.py build-teacher # rebuilds assets/teacher, 13 minutes
@@ -105,7 +106,7 @@ def demonstrate(hand: Hand, rng: random.Random, carry_rate: float = CARRY_RATE) 
 
 
 def make_ten(hand: Hand) -> str:
-    """The teacher's solution: always right, and what carries is added in two steps, up to the ten and beyond it."""
+    """The teacher's solution: always right, and a card that passes a ten is added in two steps, up to the ten and beyond it."""
     total, words = hand.start, [str(hand.start)]
     for digit in hand.digits:
         to_ten = 10 - total % 10

@@ -148,8 +148,8 @@ def update(
 ) -> dict:  # fmt: skip
     """`updates_per_batch` optimizer steps on the groups; returns their metrics (of the first step, where they differ).
 
-    A group whose rewards are all alike has zero advantages and no gradient: it is counted, but left out of forward and
-    backward. With no other group in the batch there is no optimizer step. baselines.py has other advantages and losses.
+    A group whose rewards are all alike has zero advantages and no policy gradient: it is counted, but left out of forward
+    and backward. With no other group in the batch there is no optimizer step. baselines.py has other advantages and losses.
     """
     rewards = torch.tensor([[c.reward for c in group.completions] for group in groups])  # (P, G)
     if not rewards.isfinite().all():

@@ -32,7 +32,7 @@ def totals(out: Path) -> dict:
 
 
 def grpo(out: Path, name: str = "GRPO") -> None:
-    """summary.json and curves.png of a run that had no scout."""
+    """summary.json and curves.png of a run, alone."""
     summary = totals(out)
     write(out, summary, {name: out})
     say(f"{out}: held-out accuracy {summary['eval/accuracy_start']:.3f} -> {summary['eval/accuracy']:.3f} in "

@@ -328,7 +328,7 @@ def command_line(config_class, entry) -> None:
     config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
     try:
         config.check()
-        if config.fresh:
+        if getattr(config, "fresh", False):
             start_over(config)
         entry(config)
     except (UsageError, FloatingPointError) as error:

@@ -124,17 +124,19 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def open_dataset(name: str, split: str):
-    """The rows of one split, through `datasets`: a local .parquet, .json, .jsonl or .csv, a folder, or a hub id."""
+def open_dataset(name: str | list[str], split: str, config: str | None = None):
+    """The rows of one split, through `datasets`: a local .parquet, .json, .jsonl or .csv (or a list of them), a folder, or a hub id."""
     import datasets  # a second to import, and not needed for the cards
 
-    path = Path(name)
     try:
+        if isinstance(name, list):
+            return datasets.load_dataset(FILE_TYPES[Path(name[0]).suffix], data_files=name, split="train")
+        path = Path(name)
         if path.is_file():
             if path.suffix not in FILE_TYPES:
                 raise UsageError(f"--dataset {name}: cannot read {path.suffix or 'this'} files, only {', '.join(FILE_TYPES)}")
             return datasets.load_dataset(FILE_TYPES[path.suffix], data_files=str(path), split="train")
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, config, split=split)
     except UsageError:
         raise
     except Exception as error:  # datasets raises a dozen types for "not there", "no such split" and "no network"

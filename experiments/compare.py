@@ -1,7 +1,7 @@
 """The paper's comparison at the scale of the cards world: where should guidance come from?
 
     python experiments/compare.py                      # about 70 minutes on two cores; resumes where it was stopped
-    python experiments/compare.py rerun 0 luffy late   # runs some of seed 0 again, elsewhere, and compares with the committed lines
+    python experiments/compare.py rerun 0 luffy late   # runs some of seed 0 again, with what they need, and compares with the committed lines
 
 Five seeds of every method, 200 steps each, one line a run in experiments/compare.jsonl (committed), from which
 experiments/figures.py makes tables and figures. Steps and all settings below were chosen once, before any of these runs, to fit
@@ -10,11 +10,12 @@ experiments/figures.py makes tables and figures. Steps and all settings below we
 One plain GRPO run per seed is the baseline (its first 200 steps), the early scout (40), late's scout (200) and where it goes back to (120),
 RLEP's far future (400) and, at 840 steps, the control with as many sampled tokens as the costliest method, RLEP with its far future.
 `sampled_tokens` of every method holds what its guide has cost: the scout's run, the cache, the probes, the teacher's data (not the
-teacher's own training).
+teacher's own training), but not the slots that LUFFY, ExGRPO and RLEP replace, which their own code never samples (baselines.py).
 
 The plane: at step 60 of each GRPO run, on the 256 prompts that the next steps ask, each source's quality Q (share of the prompts failed 8
 times of 8 that it solves within 8) and variance V: exp of the mean per-token KL(source || policy), and the noise-to-signal
-ratio of NPO's gradient with its answer in the slot. Definitions as in experiments/signal_curve.py.
+ratio of NPO's gradient with its answer in the slot, over the prompts that the source solves. Definitions as in
+experiments/signal_curve.py. The past is the checkpoint of step 20, asked afresh; ExGRPO's own pool holds only prompts that were solved.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,12 +45,11 @@ AT, PROMPTS = 60, 256  # the plane
 PLANE = {"near future": AT + 40, "far future": FAR, "past": AT - 40, "teacher": None}  # a step of the GRPO run
 
 
-def commands(seed: int, out: Path) -> dict[str, str]:
-    """Name -> command of a seed's runs, into `out`; scouts and guides are always those in RUNS."""
-    runs = RUNS.relative_to(ROOT)
+def commands(seed: int, runs: Path) -> dict[str, str]:
+    """Name -> command of a seed's runs, each after those that it needs."""
 
     def to(name: str) -> str:
-        return f"--seed {seed} --eval-every 10 --out {out}/{name}-{seed}"
+        return f"--seed {seed} --eval-every 10 --out {runs}/{name}-{seed}"
 
     def saved(name: str, step: int) -> str:
         return f"--guide {checkpoint_path(runs / f'{name}-{seed}', step)}"
@@ -66,11 +67,13 @@ def commands(seed: int, out: Path) -> dict[str, str]:
         "early+late": f"npo.py --intervention early+late {late} {saved('early', STEPS)} {to('early+late')}",
         "autonpo": f"autonpo.py --steps {STEPS} {to('autonpo')}",
         "grpo-equal": f"grpo.py --steps {LONG} {to('grpo')}",  # goes on from step 200
-        "plane": f"experiments/compare.py plane {seed}",
+        "plane": f"experiments/compare.py plane {seed} {runs}",
         "rlep": f"baselines.py rlep --steps {STEPS} --guide-samples 8 {saved('grpo', FAR)} {to('rlep')}",
     }
 
 
+NEEDS = {"grpo-equal": ["grpo"], "early": ["grpo"], "early-no-is": ["grpo"], "late": ["grpo"], "early+late": ["early"],
+         "rlep": ["grpo-equal"], "plane": ["grpo-equal"]}  # fmt: skip
 STAGES = (
     ("grpo",),
     ("grpo-equal", "grpo-16", "luffy", "luffy-unshaped", "exgrpo", "early", "early-no-is", "late", "autonpo"),
@@ -90,20 +93,24 @@ def result(out: Path) -> dict:
     }
 
 
-def execute(name: str, seed: int, out: Path) -> dict:
+def execute(name: str, seed: int, runs: Path) -> dict:
     """Runs one command to its end. One thread, two at a time on two cores: the number of threads would change the rounding."""
-    command = commands(seed, out)[name]
+    command, log = commands(seed, runs)[name], ROOT / runs / f"{name}-{seed}.log"
     line = {"name": name, "seed": seed, "command": "OMP_NUM_THREADS=1 python " + command}
-    (ROOT / out).mkdir(parents=True, exist_ok=True)
-    with open(ROOT / out / f"{name}-{seed}.log", "w") as log:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
         done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                              stdout=subprocess.PIPE, stderr=log, check=True, text=True)  # fmt: skip
-    return line | (
-        {"sources": json.loads(done.stdout)} if name == "plane" else result(ROOT / re.findall(r"--out (\S+)", command)[0])
-    )
+                              stdout=subprocess.PIPE, stderr=file, text=True)  # fmt: skip
+    if done.returncode:
+        raise SystemExit(
+            f"error: {command}\nended with {done.returncode}: {log.read_text().strip().splitlines()[-1:]}, see {log}"
+        )
+    if name == "plane":
+        return line | {"sources": json.loads(done.stdout.splitlines()[-1])}
+    return line | result(ROOT / re.findall(r"--out (\S+)", command)[0])
 
 
-def plane(seed: int) -> None:
+def plane(seed: int, runs: Path) -> None:
     """Q and V of every source against the policy of step 60, as one line of JSON."""
     import torch
     from signal_curve import distributions, gradient_variance, group_gradient, sample
@@ -113,7 +120,7 @@ def plane(seed: int) -> None:
     from policy import Policy
     from run import load_config_prompts
 
-    config, run = NPOConfig(seed=seed), RUNS / f"grpo-{seed}"
+    config, run = NPOConfig(seed=seed), ROOT / runs / f"grpo-{seed}"
     train_prompts, _ = load_config_prompts(config)
     steps = range(AT + 1, AT + 1 + PROMPTS // config.prompts_per_step)
     prompts = [train_prompts[row] for step in steps for row in rows_of_step(len(train_prompts), step, config)]
@@ -143,7 +150,9 @@ def plane(seed: int) -> None:
 
 
 def main() -> None:
-    done = {(line["name"], line["seed"]) for line in read_jsonl(RESULTS)}
+    lines = read_jsonl(RESULTS)
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))  # without what a kill left unfinished
+    done = {(line["name"], line["seed"]) for line in lines}
     every = [[(name, seed) for name in stage for seed in SEEDS] for stage in STAGES]
     bar, lock = tqdm(total=sum(map(len, every)), initial=len(done), desc="runs"), threading.Lock()
 
@@ -160,18 +169,30 @@ def main() -> None:
 
 
 def rerun(seed: int, names: list[str]) -> None:
-    """Runs them again, with the scouts and guides that are there, and says what came out differently."""
-    lines = {(line["name"], line["seed"]): line for line in read_jsonl(RESULTS)}
+    """Runs them from nothing in a directory of their own, what they need included, and says what came out differently."""
+    lines, again = {(line["name"], line["seed"]): line for line in read_jsonl(RESULTS)}, RUNS.with_name("again")
+    if unknown := [name for name in names if (name, seed) not in lines]:
+        raise SystemExit(f"error: no line of {unknown[0]!r} with seed {seed}; names are {', '.join(commands(seed, again))}")
+    shutil.rmtree(again, ignore_errors=True)
+    done = []
+
+    def run(name: str) -> None:
+        for needed in NEEDS.get(name, []):
+            run(needed)
+        if name not in done:
+            done.append(name)
+            before, now = lines[name, seed], execute(name, seed, again.relative_to(ROOT))
+            changed = [key for key in before if key != "command" and now[key] != before[key]]
+            print(f"{name}, seed {seed}: {'DIFFERENT: ' + ', '.join(changed) if changed else 'the same numbers'}", flush=True)
+
     for name in names:
-        before, now = lines[name, seed], execute(name, seed, RUNS.with_name("again").relative_to(ROOT))
-        changed = [key for key in before if key != "command" and now[key] != before[key]]
-        print(f"{name}, seed {seed}: {'DIFFERENT: ' + ', '.join(changed) if changed else 'the same numbers'}")
+        run(name)
 
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or ["all"]
     if what == "plane":
-        plane(int(rest[0]))
+        plane(int(rest[0]), Path(rest[1]))
     elif what == "rerun":
         rerun(int(rest[0]), rest[1:])
     else:

@@ -232,6 +232,7 @@ def test_take_slots_whatever_the_pass_rate():
 def test_bucket_weight(solved, size, weight):
     """The normal density around half the group, one success wide."""
     assert bucket_weight(solved, size) == pytest.approx(weight, rel=1e-6)
+    assert bucket_weight(1, 200) > 0  # a pool of nothing else can still be drawn from
 
 
 def filled(*groups) -> Pool:
@@ -435,6 +436,9 @@ def test_exgrpo_stopped_and_resumed_is_exgrpo_in_one_piece(command, tmp_path):
         (ExGRPOConfig(replay_frac=1.5), "--replay-frac 1.5: must lie between 0 and 1"),
         (ExGRPOConfig(start_accuracy=-1), "--start-accuracy -1"),
         (ExGRPOConfig(gamma=-2.0), "--gamma -2.0"),
+        (ExGRPOConfig(prompts_per_step=1), "--replay-frac 0.5: of --prompts-per-step 1 that is no prompt"),
+        (LUFFYConfig(guide="runs/npo/guide.jsonl"), "--guide runs/npo/guide.jsonl: a guide cache is npo.py's"),
+        (RLEPConfig(guide="guide.jsonl"), "--guide guide.jsonl"),
         (RLEPConfig(replays=0), "--replays 0"),
         (RLEPConfig(scout_steps=0), "--scout-steps 0"),
         (RLEPConfig(replays=3), "--min-correct 2: must lie between --replays 3 and --guide-samples 64"),

@@ -1,0 +1,341 @@
+"""Any checkpoint on the paper's eight benchmarks (benchmarks.py), or on the cards world by difficulty.
+
+    python evaluate.py                                                        # the cards world: by cards and carries
+    python evaluate.py --model runs/8b/checkpoints/step_000100 --out runs/8b-eval          # all eight, from the hub
+    python evaluate.py --model Qwen/Qwen3-VL-8B-Instruct --benchmarks mmstar,mathvista --limit 100 --samples 4
+    python evaluate.py --model PATH --data-dir benchmarks                     # benchmarks/mmstar.parquet, benchmarks/mmmu_pro/*.parquet
+    python evaluate.py --predictions runs/8b-eval/predictions.jsonl           # scores again, without a model
+
+predictions.jsonl in --out is the truth: a header, then a line an item, with its K answers and all that scoring needs. The same command
+resumes it; another --model or sampling asks for another --out. An item that cannot be asked (no image, options that cannot be
+read, no gold answer) is counted and shown, never scored as wrong.
+
+Scores are avg@K, the mean over the K answers to each item, in percent, with a 95 % interval over items: 1.96 standard errors, which
+says nothing of training seeds. Numbers by rule, with our own prompts, are not comparable with papers': the footnotes say why.
+"""
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+import cards
+import verifier
+from benchmarks import BENCHMARKS, PAPER, Malformed, all_right, item
+from policy import Policy
+from run import command_line, derived_seed, model_path, read_jsonl, say
+from tasks import FILE_TYPES, Prompt, UsageError, load_prompts, open_dataset
+
+
+@dataclass
+class EvaluateConfig:
+    model: str = "cards"  # "cards" (the tiny base in assets/), a hub id, or a checkpoint folder
+    benchmarks: str = ""  # as in mmstar,mathvista [cards with model cards, else all eight]
+    limit: int = 0  # ask only the first so many of each (questions, or problems where several items count together) [all]
+    samples: int = 1  # K answers to each item
+    data_dir: str = ""  # local files NAME.parquet, or folders NAME/ of them, instead of the hub
+    out: str = "runs/evaluate"  # where predictions.jsonl, scores.json and table.md go; the same command resumes it
+    predictions: str = ""  # score this file again instead; no model is loaded
+    temperature: float = 1.0  # of sampling, as in training; not specified by the paper
+    max_new_tokens: int = 0  # longest answer [64 for cards, else 4096]
+    batch_size: int = 0  # answers sampled together; decides the samples, too [64 for cards, else 16]
+    seed: int = 0  # of sampling
+    device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda where there is one]
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the weights [bf16 on cuda, else fp32]
+
+    def __post_init__(self):
+        on_cards = self.model == "cards"
+        self.benchmarks = self.benchmarks or ("cards" if on_cards else ",".join(BENCHMARKS))
+        self.max_new_tokens = self.max_new_tokens or (64 if on_cards else 4096)
+        self.batch_size = self.batch_size or (64 if on_cards else 16)
+
+    def check(self) -> None:
+        """Raises UsageError for the first value that makes no sense."""
+        for name in ("samples", "max_new_tokens", "batch_size", "temperature"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if self.limit < 0:
+            raise UsageError(f"--limit {self.limit}: must not be negative")
+        if unknown := [name for name in self.names() if name not in (*BENCHMARKS, "cards")]:
+            raise UsageError(
+                f"--benchmarks {self.benchmarks}: no benchmark is called {unknown[0]!r}; known are cards, {', '.join(BENCHMARKS)}"
+            )
+
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.benchmarks.split(",") if name.strip()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One line of predictions.jsonl before it is answered."""
+
+    id: str
+    unit: str  # what counts together, and the part of it that this is
+    part: str
+    row: int
+    rotation: int = 0
+
+
+def rows_of(name: str, data_dir: str):
+    """The rows of a benchmark, from the hub or from local files; one clear line where they cannot be had."""
+    benchmark = BENCHMARKS[name]
+    if data_dir:
+        files = [
+            path for end in ("", "/**/*") for path in sorted(Path(data_dir).glob(f"{name}{end}.*")) if path.suffix in FILE_TYPES
+        ]
+        if not files:
+            raise UsageError(
+                f"--data-dir {data_dir}: holds neither {name}.parquet nor data files in {name}/, for {benchmark.title}"
+            )
+        rows = open_dataset([str(path) for path in files], benchmark.split)
+    else:
+        try:
+            rows = open_dataset(benchmark.hub, benchmark.split, benchmark.config)
+        except UsageError as error:
+            reason = str(error.__cause__).strip().splitlines()[0]
+            raise UsageError(f"--benchmarks {name}: {benchmark.title} cannot be had from the hub as {benchmark.hub} ({reason}); "
+                             f"with a copy of it give --data-dir, the folder above {name}.parquet or {name}/") from error  # fmt: skip
+    try:
+        read = (
+            benchmark.question,
+            benchmark.options,
+            benchmark.together or str,
+            lambda row: [row[k] for k in (benchmark.gold, *benchmark.facts)],
+        )
+        for one in read:
+            one(without_pictures(rows)[0])
+    except (KeyError, IndexError) as error:
+        raise UsageError(
+            f"--benchmarks {name}: its rows have no {error}; is this {benchmark.hub}? It has {', '.join(rows.column_names)}"
+        ) from error
+    return rows
+
+
+def without_pictures(rows):
+    return rows.remove_columns([column for column, kind in rows.features.items() if "Image" in repr(kind)])
+
+
+def asked_of(name: str, rows, limit: int) -> list[Asked]:
+    """All items to be asked, in order; `limit` counts units."""
+    benchmark, found = BENCHMARKS[name], []
+    for number, row in enumerate(without_pictures(rows)):  # none needs decoding here
+        unit, part = benchmark.together(row) if benchmark.together else (str(number), "")
+        found.append((unit, part, number, row))
+    units = list(dict.fromkeys(unit for unit, *_ in found))
+    kept = set(units[:limit] if limit else units)
+    rotated = benchmark.rotate and all(part == "0" for _, part, *_ in found)
+    asked = []
+    for unit, part, number, row in found:
+        turns = max(1, len(benchmark.options(row) or [])) if rotated else 1
+        asked += [Asked(f"{name}:{number}" + (f"/{turn}" if rotated else ""), unit, str(turn) if rotated else part, number, turn)
+                  for turn in range(turns) if unit in kept]  # fmt: skip
+    return asked
+
+
+def card_items(limit: int) -> list[tuple[Prompt, dict]]:
+    hands = cards.hands("held_out")
+    _, prompts = load_prompts("cards")
+    return [(prompt, {"benchmark": "cards", "id": prompt.id, "unit": prompt.id, "part": "", "gold": prompt.gold, "choices": None,
+                      "facts": {"cards": len(hand.digits), "carries": hand.carries}})
+            for prompt, hand in list(zip(prompts, hands))[: limit or None]]  # fmt: skip
+
+
+def ask(config: EvaluateConfig, name: str, path: Path, policy: Policy) -> None:
+    """Appends a benchmark's lines to predictions.jsonl, a batch at a time; batches that are there are not asked again.
+
+    A batch and its seed are the same whether a run was stopped or not, so its answers are, too.
+    """
+    if name == "cards":
+        rows, asked = None, card_items(config.limit)
+    else:
+        rows = rows_of(name, config.data_dir)
+        asked = asked_of(name, rows, config.limit)
+    size = max(1, config.batch_size // config.samples)
+    batches = [asked[first : first + size] for first in range(0, len(asked), size)]
+    done = {line["id"] for line in read_jsonl(path)[1:]}
+    with tqdm(total=len(asked), desc=name, unit="item") as bar:
+        for number, batch in enumerate(batches):
+            ids = [one[0].id if rows is None else one.id for one in batch]
+            if not done.issuperset(ids):
+                ready, lines = (batch, []) if rows is None else prepare(name, rows, batch)
+                seed = derived_seed(config.seed, "benchmark", name, number)
+                prompts = [prompt for prompt, _ in ready]
+                groups = (
+                    policy.sample(prompts, config.samples, config.max_new_tokens, config.temperature, seed) if ready else []
+                )
+                for (_, line), group in zip(ready, groups):
+                    lines.append(line | {"responses": [c.text for c in group.completions],
+                                         "finished": [c.finished for c in group.completions]})  # fmt: skip
+                with open(path, "a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            bar.update(len(batch))
+
+
+def prepare(name: str, rows, batch: list[Asked]) -> tuple[list[tuple[Prompt, dict]], list[dict]]:
+    """Prompts with their lines; and the lines of items that cannot be asked."""
+    ready, malformed = [], []
+    for one in batch:
+        line = {"benchmark": name, "id": one.id, "unit": one.unit, "part": one.part}
+        try:
+            prompt, more = item(BENCHMARKS[name], one.id, rows[one.row], one.rotation)
+            ready.append((prompt, line | more))
+        except Malformed as error:
+            malformed.append(line | {"malformed": str(error)})
+    return ready, malformed
+
+
+def open_predictions(config: EvaluateConfig, path: Path) -> None:
+    """Starts predictions.jsonl, or checks that it is of the same model and sampling; drops what a kill left unfinished."""
+    header = {name: value for name, value in asdict(config).items()
+              if name in ("model", "samples", "temperature", "max_new_tokens", "batch_size", "limit", "seed")}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = read_jsonl(path) or [header]
+    if differ := [key for key in header if lines[0].get(key) != header[key]]:
+        there = ", ".join(f"{key} {lines[0].get(key)} there and {header[key]} here" for key in differ)
+        raise UsageError(f"--out {config.out}: holds predictions of another run ({there}); choose another --out")
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    aside.rename(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def right(line: dict, response: str) -> bool:
+    return (
+        verifier.is_correct(response, line["gold"])
+        if line["benchmark"] == "cards"
+        else BENCHMARKS[line["benchmark"]].right(line, response)
+    )
+
+
+def score(name: str, lines: list[dict]) -> dict:
+    """A benchmark's scores from its lines: {"", and what else its rule gives: [mean, half width]} in percent, and counts."""
+    units, malformed, reasons = {}, set(), {}
+    for line in lines:
+        if "malformed" in line:
+            malformed.add(line["unit"])
+            reasons[line["malformed"]] = reasons.get(line["malformed"], 0) + 1
+        else:
+            units.setdefault(line["unit"], {})[line["part"]] = [right(line, response) for response in line["responses"]]
+    rule = BENCHMARKS[name].score if name in BENCHMARKS else all_right
+    means = {}  # score -> a value for each unit, mean over the K answers
+    for unit, parts in units.items():
+        if unit in malformed or (name in BENCHMARKS and not BENCHMARKS[name].complete(unit, set(parts))):
+            malformed.add(unit)
+            continue
+        samples = [rule(dict(zip(parts, answers))) for answers in zip(*parts.values())]
+        for key in samples[0]:
+            means.setdefault(key, []).append(statistics.fmean(sample[key] for sample in samples))
+    asked = [line for line in lines if "malformed" not in line]
+    answers = [response for line in asked for response in line["responses"]]
+    return {
+        "scores": {key: [100 * statistics.fmean(values), 100 * half_width(values)] for key, values in means.items()},
+        "scored": len(next(iter(means.values()), [])), "malformed": len(malformed), "reasons": reasons,
+        "unanswered": sum(verifier.extract_answer(response) is None for response in answers), "answers": len(answers),
+        "cut": sum(not finished for line in asked for finished in line["finished"]),
+    }  # fmt: skip
+
+
+def half_width(values: list[float]) -> float:
+    """Of a 95 % interval of the mean over items."""
+    return 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def table(name: str, found: dict[str, dict]) -> str:
+    """The row in the paper's order, beside the paper's, with footnotes."""
+    lines = ["| model | " + " | ".join(f"{b.title} [{n}]" for n, b in enumerate(BENCHMARKS.values(), 1)) + " | avg |",
+             "|---" * (len(BENCHMARKS) + 2) + "|"]  # fmt: skip
+    lines += [f"| paper: {row} | " + " | ".join(f"{value:.2f}" for value in values) + " |" for row, values in PAPER.items()]
+    means = [found[key]["scores"].get("", [math.nan, math.nan]) if key in found else None for key in BENCHMARKS]
+    cells = [
+        "" if mean is None else "none scored" if math.isnan(mean[0]) else f"{mean[0]:.2f} ± {mean[1]:.2f}" for mean in means
+    ]
+    whole = all(mean and not math.isnan(mean[0]) for mean in means)
+    lines.append(
+        f"| {name} | " + " | ".join([*cells, f"{statistics.fmean(mean[0] for mean in means):.2f}" if whole else ""]) + " |\n"
+    )
+    lines.append(
+        "By rule, with our prompts: not comparable with the paper's rows, whose prompts and judges are not known in full.\n"
+    )
+    for number, (key, benchmark) in enumerate(BENCHMARKS.items(), 1):
+        counts = ""
+        if key in found:
+            one = found[key]
+            extra = "".join(f"; {what} {mean:.2f} ± {half:.2f}" for what, (mean, half) in one["scores"].items() if what)
+            counts = f". Here: {one['scored']} scored{extra}, {one['malformed']} malformed"
+            counts += "".join(f" ({count} x {reason})" for reason, count in one["reasons"].items())
+            counts += f"; of {one['answers']} answers {one['unanswered']} without a box, {one['cut']} cut"
+        lines.append(f"[{number}] {benchmark.title}: {benchmark.note}{counts}.")
+    return "\n".join(lines)
+
+
+def cards_table(lines: list[dict], out: Path) -> str:
+    """Accuracy in the cards world by number of cards and of carries, and its picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    values = [(line["facts"], statistics.fmean(right(line, response) for response in line["responses"])) for line in lines]
+    text = [f"cards: {100 * statistics.fmean(v for _, v in values):.1f} % of {len(values)} hands", ""]
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    for axes, fact in zip(panels, ("cards", "carries")):
+        groups = {n: [v for facts, v in values if facts[fact] == n] for n in sorted({facts[fact] for facts, _ in values})}
+        means, halves = (
+            [100 * statistics.fmean(some) for some in groups.values()],
+            [100 * half_width(some) for some in groups.values()],
+        )
+        text += ["| " + " | ".join([fact, *map(str, groups)]) + " |", "|---" * (len(groups) + 1) + "|",
+                 "| hands | " + " | ".join(str(len(some)) for some in groups.values()) + " |",
+                 "| accuracy, % | " + " | ".join(f"{m:.1f} ± {h:.1f}" for m, h in zip(means, halves)) + " |", ""]  # fmt: skip
+        axes.bar(list(groups), means, yerr=[0 if math.isnan(half) else half for half in halves], capsize=3)
+        axes.set(xlabel=f"number of {fact}", xticks=list(groups), ylim=(0, 100))
+    panels[0].set_ylabel("held-out accuracy, %")
+    figure.savefig(out / "cards.png", dpi=110)
+    pyplot.close(figure)
+    return "\n".join([*text, f"picture: {out / 'cards.png'}"])
+
+
+def main(config: EvaluateConfig) -> None:
+    out = Path(config.out)
+    path = Path(config.predictions) if config.predictions else out / "predictions.jsonl"
+    if config.predictions:
+        if not read_jsonl(path)[1:]:
+            raise UsageError(f"--predictions {path}: no such file, or nothing in it")
+        out.mkdir(parents=True, exist_ok=True)
+    else:
+        for name in config.names():
+            if name != "cards":
+                rows_of(name, config.data_dir)  # what cannot be had is said before anything is asked
+        open_predictions(config, path)
+        policy = Policy(model_path(config), config.device, config.dtype)
+        for name in config.names():
+            ask(config, name, path, policy)
+    header, *lines = read_jsonl(path)
+    once = {line["id"]: line for line in lines}.values()  # a batch that a kill cut was asked again
+    by_name = {}
+    for line in once:
+        by_name.setdefault(line["benchmark"], []).append(line)
+    found = {name: score(name, some) for name, some in tqdm(by_name.items(), desc="scoring", delay=3)}
+    text = [cards_table(by_name["cards"], out)] if "cards" in by_name else []
+    if by_name.keys() - {"cards"}:
+        text.append(table(header["model"], found))
+    (out / "scores.json").write_text(json.dumps({"predictions": str(path), **header, "benchmarks": found}, indent=2) + "\n")
+    (out / "table.md").write_text("\n\n".join(text) + "\n")
+    say("\n" + "\n\n".join(text))
+
+
+if __name__ == "__main__":
+    command_line(EvaluateConfig, main)
