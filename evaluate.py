@@ -14,6 +14,7 @@ Scores are avg@K, the mean over the K answers to each item, in percent, with a 9
 says nothing of training seeds. Numbers by rule, with our own prompts, are not comparable with papers': the footnotes say why.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import cards
 import verifier
-from benchmarks import BENCHMARKS, PAPER, Malformed, all_right, item
+from benchmarks import BENCHMARKS, PAPER, PAPER_ORDER, Malformed, all_right, item
 from policy import Policy
 from run import command_line, derived_seed, model_path, read_jsonl, say
 from tasks import FILE_TYPES, Prompt, UsageError, load_prompts, open_dataset
@@ -105,18 +106,14 @@ def rows_of(name: str, data_dir: str):
             raise UsageError(f"--benchmarks {name}: {benchmark.title} cannot be had from the hub as {benchmark.hub} ({reason}); "
                              f"with a copy of it give --data-dir, the folder above {name}.parquet or {name}/") from error  # fmt: skip
     try:
-        read = (
-            benchmark.question,
-            benchmark.options,
-            benchmark.together or str,
-            lambda row: [row[k] for k in (benchmark.gold, *benchmark.facts)],
-        )
-        for one in read:
-            one(without_pictures(rows)[0])
+        row = without_pictures(rows)[0]
+        for read in (benchmark.question, benchmark.options, benchmark.together or str):
+            with contextlib.suppress(Malformed):
+                read(row)
+        _ = [row[column] for column in (benchmark.gold, *benchmark.facts)]
     except (KeyError, IndexError) as error:
-        raise UsageError(
-            f"--benchmarks {name}: its rows have no {error}; is this {benchmark.hub}? It has {', '.join(rows.column_names)}"
-        ) from error
+        raise UsageError(f"--benchmarks {name}: its rows have no {error}; is this {benchmark.hub}? It has "
+                         f"{', '.join(rows.column_names)}") from error  # fmt: skip
     return rows
 
 
@@ -190,6 +187,8 @@ def prepare(name: str, rows, batch: list[Asked]) -> tuple[list[tuple[Prompt, dic
             ready.append((prompt, line | more))
         except Malformed as error:
             malformed.append(line | {"malformed": str(error)})
+        except OSError:  # Pillow's, for what is no picture
+            malformed.append(line | {"malformed": "an image cannot be read"})
     return ready, malformed
 
 
@@ -257,15 +256,14 @@ def table(name: str, found: dict[str, dict]) -> str:
     """The row in the paper's order, beside the paper's, with footnotes."""
     lines = ["| model | " + " | ".join(f"{b.title} [{n}]" for n, b in enumerate(BENCHMARKS.values(), 1)) + " | avg |",
              "|---" * (len(BENCHMARKS) + 2) + "|"]  # fmt: skip
-    lines += [f"| paper: {row} | " + " | ".join(f"{value:.2f}" for value in values) + " |" for row, values in PAPER.items()]
-    means = [found[key]["scores"].get("", [math.nan, math.nan]) if key in found else None for key in BENCHMARKS]
-    cells = [
-        "" if mean is None else "none scored" if math.isnan(mean[0]) else f"{mean[0]:.2f} ± {mean[1]:.2f}" for mean in means
-    ]
-    whole = all(mean and not math.isnan(mean[0]) for mean in means)
-    lines.append(
-        f"| {name} | " + " | ".join([*cells, f"{statistics.fmean(mean[0] for mean in means):.2f}" if whole else ""]) + " |\n"
-    )
+    for row, values in PAPER.items():
+        paper = {key: f"{value:.2f}" for key, value in zip(PAPER_ORDER, values)}
+        lines.append(f"| paper: {row} | " + " | ".join(paper.get(key, "") for key in (*BENCHMARKS, "avg")) + " |")
+    scores = {key: one["scores"][""] for key, one in found.items() if one["scores"]}
+    mine = {key: "nothing scored" for key in found} | {key: f"{mean:.2f} ± {half:.2f}" for key, (mean, half) in scores.items()}
+    if scores.keys() >= set(PAPER_ORDER[:-1]):
+        mine["avg"] = f"{statistics.fmean(scores[key][0] for key in PAPER_ORDER[:-1]):.2f}"
+    lines.append(f"| {name} | " + " | ".join(mine.get(key, "") for key in (*BENCHMARKS, "avg")) + " |\n")
     lines.append(
         "By rule, with our prompts: not comparable with the paper's rows, whose prompts and judges are not known in full.\n"
     )

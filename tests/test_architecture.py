@@ -18,6 +18,8 @@ ALLOWED = {
     "npo": {"verifier", "tasks", "policy", "run", "report", "grpo"},
     "autonpo": {"verifier", "tasks", "policy", "run", "report", "grpo", "npo", "signal_theory"},
     "baselines": {"cards", "verifier", "tasks", "policy", "run", "report", "grpo", "npo"},
+    "benchmarks": {"verifier", "tasks"},
+    "evaluate": {"cards", "verifier", "tasks", "policy", "run", "benchmarks"},
     "npo_trl": {"verifier", "tasks", "policy", "run", "npo"},
 }
 
