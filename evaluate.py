@@ -29,7 +29,7 @@ import verifier
 from benchmarks import BENCHMARKS, PAPER, PAPER_ORDER, Malformed, all_right, item
 from policy import Policy
 from run import command_line, derived_seed, model_path, read_jsonl, say
-from tasks import FILE_TYPES, Prompt, UsageError, load_prompts, open_dataset
+from tasks import FILE_TYPES, Prompt, UsageError, fingerprint, load_prompts, open_dataset
 
 
 @dataclass
@@ -133,7 +133,8 @@ def asked_of(name: str, rows, limit: int) -> list[Asked]:
     asked = []
     for unit, part, number, row in found:
         turns = max(1, len(benchmark.options(row) or [])) if rotated else 1
-        asked += [Asked(f"{name}:{number}" + (f"/{turn}" if rotated else ""), unit, str(turn) if rotated else part, number, turn)
+        id = f"{name}:{number}:{fingerprint(sorted(row.items()))}"  # another data set's items have other ids
+        asked += [Asked(id + (f"/{turn}" if rotated else ""), unit, str(turn) if rotated else part, number, turn)
                   for turn in range(turns) if unit in kept]  # fmt: skip
     return asked
 
@@ -158,17 +159,18 @@ def ask(config: EvaluateConfig, name: str, path: Path, policy: Policy) -> None:
         asked = asked_of(name, rows, config.limit)
     size = max(1, config.batch_size // config.samples)
     batches = [asked[first : first + size] for first in range(0, len(asked), size)]
-    done = {line["id"] for line in read_jsonl(path)[1:]}
+    ids = [[one[0].id if rows is None else one.id for one in batch] for batch in batches]
+    done = {line["id"] for line in read_jsonl(path)[1:] if line["benchmark"] == name}
+    if done - {id for some in ids for id in some}:
+        raise UsageError(f"--out {config.out}: its predictions for {name} are of another data set; choose another --out")
     with tqdm(total=len(asked), desc=name, unit="item") as bar:
         for number, batch in enumerate(batches):
-            ids = [one[0].id if rows is None else one.id for one in batch]
-            if not done.issuperset(ids):
+            if not done.issuperset(ids[number]):
                 ready, lines = (batch, []) if rows is None else prepare(name, rows, batch)
                 seed = derived_seed(config.seed, "benchmark", name, number)
                 prompts = [prompt for prompt, _ in ready]
-                groups = (
-                    policy.sample(prompts, config.samples, config.max_new_tokens, config.temperature, seed) if ready else []
-                )
+                sampling = config.samples, config.max_new_tokens, config.temperature, seed
+                groups = policy.sample(prompts, *sampling) if ready else []
                 for (_, line), group in zip(ready, groups):
                     lines.append(line | {"responses": [c.text for c in group.completions],
                                          "finished": [c.finished for c in group.completions]})  # fmt: skip
@@ -212,11 +214,9 @@ def open_predictions(config: EvaluateConfig, path: Path) -> None:
 
 
 def right(line: dict, response: str) -> bool:
-    return (
-        verifier.is_correct(response, line["gold"])
-        if line["benchmark"] == "cards"
-        else BENCHMARKS[line["benchmark"]].right(line, response)
-    )
+    if line["benchmark"] == "cards":
+        return verifier.is_correct(response, line["gold"])
+    return BENCHMARKS[line["benchmark"]].right(line, response)
 
 
 def score(name: str, lines: list[dict]) -> dict:

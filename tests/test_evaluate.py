@@ -120,7 +120,10 @@ def test_limit_counts_what_is_scored_together(data):
         ("2steps-31", "multi"),
     ]
     assert len(evaluate.asked_of("mmbench", evaluate.rows_of("mmbench", str(data)), 2)) == 5
-    assert [one.id for one in evaluate.asked_of("mmstar", evaluate.rows_of("mmstar", str(data)), 2)] == ["mmstar:0", "mmstar:1"]
+    assert [one.id[:9] for one in evaluate.asked_of("mmstar", evaluate.rows_of("mmstar", str(data)), 2)] == [
+        "mmstar:0:",
+        "mmstar:1:",
+    ]
 
 
 def test_an_image_that_cannot_be_read_is_counted(tmp_path):
@@ -145,6 +148,11 @@ def test_a_ninth_benchmark_is_one_row(data, tmp_path, monkeypatch, base):
     evaluate.main(config)
     text = (tmp_path / "out/table.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| cards |"))
+    datasets.Dataset.from_dict({"question": ["How many more?"] * 3, "answer": ["36"] * 3, "image": [ONE] * 3}).to_parquet(
+        tmp_path / "ninth.parquet"
+    )
+    with pytest.raises(UsageError, match="its predictions for ninth are of another data set"):
+        evaluate.main(config)
     assert row.count("|") == 9 + 3 and "0.00 ± 0.00" in row and "[9] Ninth: no official scoring. Here: 3 scored" in text
 
 
