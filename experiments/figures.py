@@ -21,11 +21,13 @@ from run import read_jsonl
 
 LABELS = {
     "grpo": "GRPO", "grpo-16": "GRPO, G = 16", "luffy": "LUFFY", "luffy-unshaped": "LUFFY without shaping", "exgrpo": "ExGRPO",
-    "rlep": "RLEP", "early": "NPO early", "early-no-is": "NPO early without IS", "late": "NPO late",
+    "rlep": "RLEP", "early": "NPO early", "early-no-is": "NPO early without IS",
+    "early-teacher": "NPO early, guide: teacher", "early-far": "NPO early, guide: far future", "late": "NPO late",
     "early+late": "NPO early + late", "autonpo": "AutoNPO",
 }  # fmt: skip
-COLORS = {name: f"C{number}" for number, name in enumerate(LABELS) if name != "grpo"} | {"grpo": "black"}
+COLORS = dict(zip(LABELS, ("black", "C7", "C2", "C5", "C4", "C3", "C1", "C6", "C2", "C3", "C0", "C8", "C9")))
 GOALS = (0.5, 0.8)
+BY_DEFINITION = {"luffy", "luffy-unshaped", "rlep", "early-no-is"}  # whose ratios are pi itself, or 1 at the update
 
 
 def reach(runs: list[Result], goals: list[float], key: str) -> str:
@@ -45,8 +47,8 @@ def paired(mine: list[float], theirs: list[float]) -> list[float]:
     return [a - b for a, b in zip(mine, theirs)]
 
 
-def verdict(differences: list[float], expected: str = "above") -> str:
-    """What an interval of paired differences says of a claim that they lie above (or near) 0."""
+def verdict(differences: list[float]) -> str:
+    """What the interval of paired differences says of a claim that they lie above 0."""
     half = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
     low, high = statistics.fmean(differences) - half, statistics.fmean(differences) + half
     return "holds" if low > 0 else "does not" if high < 0 else "undecided"
@@ -66,7 +68,7 @@ def table(found: dict[str, list[Result]], long: list[Result]) -> None:
         tokens = [run.evals[-1]["sampled_tokens"] / 1000 for run in runs]
         goals = "".join(f"| {reach(runs, [share * goal for goal in final['grpo']], key)} "
                         for share in GOALS for key in ("step", "sampled_tokens"))  # fmt: skip
-        ratios = [run.line["largest_ratio"] for run in runs if run.line["largest_ratio"] is not None]
+        ratios = [run.line["largest_ratio"] for run in runs if run.line["largest_ratio"] and name not in BY_DEFINITION]
         print(f"| {LABELS[name]} | {interval(final[name], 3)} | {interval(paired(final[name], final['grpo']), 3) if runs is not plain else ''} "
               f"| {interval(paired(final[name], equal), 3) if runs is not plain else ''} | {statistics.fmean(tokens):,.0f} {goals}"
               f"| {f'{max(ratios):.3g}' if ratios else ''} | {interval([run.line['entropy'][-1][1] for run in runs], 3)} |")  # fmt: skip
@@ -76,6 +78,8 @@ def table(found: dict[str, list[Result]], long: list[Result]) -> None:
           f"| {interval(paired(last, final['grpo']), 3)} | | {statistics.fmean(line['sampled_tokens'] for line in ends) / 1000:,.0f} |"
           + " |" * (2 + 2 * len(GOALS)))  # fmt: skip
 
+    print("\nGoals are shares of the same seed's GRPO at its end; runs that start beyond a goal, or never reach it, are left out of its mean, and "
+          "the others counted. Largest ratio: before clip and shaping; LUFFY's is pi itself, RLEP's and without IS it is 1 by definition.")  # fmt: skip
     print("\nCommands, for seed 0 (the others differ in `--seed` and `--out`):\n\n```")
     for name, command in commands(0, Path("experiments/runs/compare")).items():
         print(f"OMP_NUM_THREADS=1 python {command}    # {name}")
@@ -96,8 +100,10 @@ def claims(found: dict[str, list[Result]], long: list[Result], plane: list[dict]
     order("a late intervention breaks through", "late", "grpo")
     order("early + late ends above early alone", "early+late", "early")
     order("AutoNPO ends above the manual interventions", "autonpo", "early+late")
+    for other in ("early-teacher", "early-far"):
+        order(f"the near future is the better source than the {LABELS[other].split(': ')[1]}", "early", other)
     for rival in ("luffy", "exgrpo", "rlep"):
-        order(f"the near future beats {LABELS[rival]}'s source", "early", rival)
+        order(f"NPO early ends above {LABELS[rival]}", "early", rival)
     order("GRPO ends above LUFFY", "grpo", "luffy")
     order("ExGRPO ends above GRPO", "exgrpo", "grpo")
     order("RLEP ends above GRPO", "rlep", "grpo")
@@ -107,8 +113,9 @@ def claims(found: dict[str, list[Result]], long: list[Result], plane: list[dict]
         steps = [[first_reach(run.evals, goal) for run, goal in zip(found[name], levels)] for name in ("grpo", "early")]
         if all(all(some) for some in steps):
             faster = [a / b for a, b in zip(*steps)]
-            print(f"| early is about 2.1 times as fast | steps to {share:.0%} of GRPO's final accuracy, ratio: {interval(faster)} "
-                  f"| {verdict([value - 1 for value in faster])} as faster |")  # fmt: skip
+            says = verdict([value - 1 for value in faster])
+            print(f"| early is about 2.1 times as fast | steps to {share:.0%} of GRPO's final accuracy, GRPO over NPO early: {interval(faster)} "
+                  f"| {'faster' if says == 'holds' else 'slower' if says == 'does not' else says} |")  # fmt: skip
     for name, other, claim in (("early-no-is", "early", "NPO barely changes without IS"),
                                ("luffy-unshaped", "luffy", "LUFFY without its correction collapses")):  # fmt: skip
         differences = paired(final[name], final[other])
@@ -148,16 +155,18 @@ def figures(found: dict[str, list[Result]], long: list[Result], plane: list[dict
             axes.plot(*zip(*points), "o", color=f"C{color}", alpha=0.35, ms=5)
             axes.plot(*(statistics.fmean(values) for values in zip(*points)), "o", color=f"C{color}", ms=11, label=source)
         right = 1.1 * axes.get_xlim()[1]
-        for signal in (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8):
-            if signal * right > 0.05:
-                axes.plot([0, min(right, 1.05 / signal)], [0, min(right * signal, 1.05)], color="grey", lw=0.6)
-                end = min(right, 1.0 / signal)
-                axes.annotate(f"S = {signal}", (end, signal * end), fontsize=7, color="grey", ha="right")
+        best = max(line[source]["quality"] / line[source][key] for line in plane for source in PLANE if line[source][key])
+        for signal in (best * 2**-power for power in range(6)):  # contours of S: what counts is the direction
+            end = min(right, 1 / signal)
+            axes.plot([0, end], [0, end * signal], color="grey", lw=0.6)
+            axes.annotate(f"S = {signal:.2g}", (end, signal * end), fontsize=7, color="grey", ha="right", va="bottom")
         axes.set(xlim=(0, right), ylim=(0, 1.05), xlabel=f"V: {name}", ylabel="Q: share of failed prompts solved")
     finish(figure, panels, "sources.png")
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
-    for axes, names, title in zip(panels, (("early", "early-no-is"), ("luffy", "luffy-unshaped")), ("NPO early", "LUFFY")):
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 3.8), layout="constrained", sharey=True)
+    shown = {"NPO early, its guide alone switched": ("early", "early-far", "early-teacher"),
+             "without importance sampling": ("early", "early-no-is"), "LUFFY without shaping": ("luffy", "luffy-unshaped")}  # fmt: skip
+    for axes, (title, names) in zip(panels, shown.items()):
         curves(axes, found, ("grpo", *names), "step")
         axes.set(xlabel="step", title=title, ylim=(0, 1))
         axes.legend(fontsize=8)
