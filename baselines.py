@@ -291,14 +291,13 @@ def pool_line(group: Group, guide_step: int) -> dict:
 def luffy(config: LUFFYConfig, out: Path) -> None:
     open_directory(config, out)
     header, cache, tokens = cached(config, config.guide or cards.TEACHER, out / "guide.jsonl", cache_line)
-    unknown = {
-        id: dataclasses.replace(c, source="teacher", behavior_logprobs=[0.0] * len(c.token_ids)) for id, c in cache.items()
-    }
+    answers = {id: [dataclasses.replace(c, source="teacher", behavior_logprobs=[0.0] * len(c.token_ids))]  # q = 1
+               for id, c in cache.items()}  # fmt: skip
     with Run(config, out, spent_tokens=header["guide_sampled_tokens"] + tokens) as run:
         for step in run.steps():
             groups = run.sample(step)  # P groups of G completions
             verifier.score(groups)
-            mixed = [take_slots(group, [unknown[id] for id in [group.prompt.id] if id in unknown]) for group in groups]
+            mixed = [take_slots(group, answers.get(group.prompt.id, [])) for group in groups]
             run.sampled_tokens -= replaced_tokens(groups, mixed)
             stats = update(run.policy, run.optimizer, mixed, config, centered_advantages, shaped_loss)
             run.end_step(step, groups, stats | guide_use(step, mixed), mixed)
@@ -311,18 +310,13 @@ def exgrpo(config: ExGRPOConfig, out: Path) -> None:
             pool.add(line)
         begun = any(line.get("accuracy", 0) > config.start_accuracy for line in read_jsonl(out / "metrics.jsonl"))
         for step in run.steps():
-            fresh, rng = (
-                rows_of_step(len(run.train_prompts), step, config),
-                random.Random(derived_seed(config.seed, "replay", step)),
-            )
+            rng = random.Random(derived_seed(config.seed, "replay", step))
             past = pool.draw(int(config.replay_frac * config.prompts_per_step), rng) if begun else []
-            rows = past + fresh[: config.prompts_per_step - len(past)]
+            rows = past + rows_of_step(len(run.train_prompts), step, config)[: config.prompts_per_step - len(past)]
             groups = run.sample(step, rows)  # P groups of G completions
             verifier.score(groups)
-            replays = [
-                [lowest_entropy(run.policy, group.inputs, pool.answers[row], config)] for row, group in zip(past, groups)
-            ]
-            mixed = [take_slots(*pair) for pair in zip(groups, replays + [[]] * (len(rows) - len(past)))]
+            replays = [lowest_entropy(run.policy, group.inputs, pool.answers[row], config) for row, group in zip(past, groups)]
+            mixed = [take_slots(group, [replay]) for group, replay in zip(groups, replays)] + groups[len(past) :]
             run.sampled_tokens -= replaced_tokens(groups, mixed)
             stats = update(run.policy, run.optimizer, mixed, config, centered_advantages, shaped_loss)
             for row, group in zip(rows, mixed):
@@ -343,26 +337,19 @@ def rlep(config: RLEPConfig, out: Path) -> None:
         train_grpo(GRPOConfig(**shared | {"steps": config.scout_steps, "out": str(out / "scout")}), out / "scout")
         guide = checkpoint_path(out / "scout", config.scout_steps)
     header, _, tokens = cached(config, guide, out / "guide.jsonl", pool_line)
-    pool = {
-        line["prompt_id"]: line["pool"]
-        for line in read_jsonl(out / "guide.jsonl")[1:]
-        if len(line["pool"]) >= config.min_correct
-    }
+    pool = {line["prompt_id"]: [Completion(**c) for c in line["pool"]]
+            for line in read_jsonl(out / "guide.jsonl")[1:] if len(line["pool"]) >= config.min_correct}  # fmt: skip
     with Run(config, out, spent_tokens=header["guide_sampled_tokens"] + tokens) as run:
         for step in run.steps():
             groups = run.sample(step, group_size=config.group_size + config.replays)  # P groups of G + M completions
             verifier.score(groups)
             rng = random.Random(derived_seed(config.seed, "replay", step))
-            replays = [
-                rng.sample(pool.get(group.prompt.id, []), config.replays if group.prompt.id in pool else 0) for group in groups
-            ]
-            mixed = [take_slots(group, [Completion(**c) for c in some]) for group, some in zip(groups, replays)]
+            replays = [rng.sample(pool[g.prompt.id], config.replays) if g.prompt.id in pool else [] for g in groups]
+            mixed = [take_slots(group, some) for group, some in zip(groups, replays)]
             run.sampled_tokens -= replaced_tokens(groups, mixed)
             mixed = without_is_correction(mixed, run.policy, config)  # q is pi_old, for the replays too
-            num_tokens = sum(len(c.token_ids) for group in mixed for c in group.completions)
-            stats = update(
-                run.policy, run.optimizer, mixed, config, group_advantages, partial(token_mean_loss, num_tokens=num_tokens)
-            )
+            loss_of = partial(token_mean_loss, num_tokens=sum(len(c.token_ids) for group in mixed for c in group.completions))
+            stats = update(run.policy, run.optimizer, mixed, config, group_advantages, loss_of)
             run.end_step(step, groups, stats | guide_use(step, mixed), mixed)
 
 
