@@ -19,6 +19,7 @@ are far from what the policy would say: LUFFY's source.
     python cards.py show                            # three prompts with a demonstration each, and cards.png
 """
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +250,11 @@ def build(out: Path, tokenizer, config, solve, seed: int, steps: int, batch: int
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     for part in (model, tokenizer, processor):
         part.save_pretrained(out)
+    kept = ("patch_size", "merge_size", "temporal_patch_size", "size", "image_mean", "image_std")
+    video = {"video_processor_type": "Qwen3VLVideoProcessor"} | {
+        name: value for name, value in processor.to_dict().items() if name in kept
+    }
+    (out / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")  # vLLM insists on one
     return model
 
 

@@ -22,10 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 import cards
 import verifier
+import vllm_sampler
 from benchmarks import BENCHMARKS, PAPER, PAPER_ORDER, Malformed, all_right, item
 from policy import Policy
 from run import command_line, derived_seed, model_path, read_jsonl, say
@@ -43,7 +45,8 @@ class EvaluateConfig:
     predictions: str = ""  # score this file again instead; no model is loaded
     temperature: float = 1.0  # of sampling, as in training; not specified by the paper
     max_new_tokens: int = 0  # longest answer [64 for cards, else 4096]
-    batch_size: int = 0  # answers sampled together; decides the samples, too [64 for cards, else 16]
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm on cuda where it is installed, else hf]
+    batch_size: int = 0  # answers sampled together; decides the samples, too [64 for cards, else 16; with vllm 256]
     seed: int = 0  # of sampling
     device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda where there is one]
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the weights [bf16 on cuda, else fp32]
@@ -52,7 +55,9 @@ class EvaluateConfig:
         on_cards = self.model == "cards"
         self.benchmarks = self.benchmarks or ("cards" if on_cards else ",".join(BENCHMARKS))
         self.max_new_tokens = self.max_new_tokens or (64 if on_cards else 4096)
-        self.batch_size = self.batch_size or (64 if on_cards else 16)
+        if self.sampler == "auto":
+            self.sampler = "vllm" if torch.cuda.is_available() and vllm_sampler.available() else "hf"
+        self.batch_size = self.batch_size or (64 if on_cards else 256 if self.sampler == "vllm" else 16)
 
     def check(self) -> None:
         """Raises UsageError for the first value that makes no sense."""
@@ -147,7 +152,7 @@ def card_items(limit: int) -> list[tuple[Prompt, dict]]:
             for prompt, hand in list(zip(prompts, hands))[: limit or None]]  # fmt: skip
 
 
-def ask(config: EvaluateConfig, name: str, path: Path, policy: Policy) -> None:
+def ask(config: EvaluateConfig, name: str, path: Path, sampler) -> None:
     """Appends a benchmark's lines to predictions.jsonl, a batch at a time; batches that are there are not asked again.
 
     A batch and its seed are the same whether a run was stopped or not, so its answers are, too.
@@ -170,7 +175,7 @@ def ask(config: EvaluateConfig, name: str, path: Path, policy: Policy) -> None:
                 seed = derived_seed(config.seed, "benchmark", name, number)
                 prompts = [prompt for prompt, _ in ready]
                 sampling = config.samples, config.max_new_tokens, config.temperature, seed
-                groups = policy.sample(prompts, *sampling) if ready else []
+                groups = sampler.sample(prompts, *sampling) if ready else []
                 for (_, line), group in zip(ready, groups):
                     lines.append(line | {"responses": [c.text for c in group.completions],
                                          "finished": [c.finished for c in group.completions]})  # fmt: skip
@@ -197,7 +202,7 @@ def prepare(name: str, rows, batch: list[Asked]) -> tuple[list[tuple[Prompt, dic
 def open_predictions(config: EvaluateConfig, path: Path) -> None:
     """Starts predictions.jsonl, or checks that it is of the same model and sampling; drops what a kill left unfinished."""
     header = {name: value for name, value in asdict(config).items()
-              if name in ("model", "samples", "temperature", "max_new_tokens", "batch_size", "limit", "seed")}  # fmt: skip
+              if name in ("model", "sampler", "samples", "temperature", "max_new_tokens", "batch_size", "limit", "seed")}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = read_jsonl(path) or [header]
     if differ := [key for key in header if lines[0].get(key) != header[key]]:
@@ -318,9 +323,12 @@ def main(config: EvaluateConfig) -> None:
             if name != "cards":
                 rows_of(name, config.data_dir)  # what cannot be had is said before anything is asked
         open_predictions(config, path)
-        policy = Policy(model_path(config), config.device, config.dtype)
+        if config.sampler == "vllm":
+            sampler = vllm_sampler.VLLMSampler(model_path(config), config.max_new_tokens, config.dtype)
+        else:
+            sampler = Policy(model_path(config), config.device, config.dtype)
         for name in config.names():
-            ask(config, name, path, policy)
+            ask(config, name, path, sampler)
     header, *lines = read_jsonl(path)
     once = {line["id"]: line for line in lines}.values()  # a batch that a kill cut was asked again
     by_name = {}

@@ -32,11 +32,13 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
 )
+from transformers.utils import cached_file
 
 from tasks import Prompt, UsageError
 
 VOCABULARY_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 152k fp32 logits are 0.6 GB
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+VIDEO_CONFIG = "video_preprocessor_config.json"  # not used here, but vLLM loads no Qwen3-VL without it: kept for `save`
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -88,6 +90,27 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
 
 
+def encode(prompt: Prompt, tokenizer, image_processor, image_token_id: int) -> Inputs:
+    """Renders the chat template and expands each image placeholder to as many tokens as its image has."""
+    ids = placeholder_ids(prompt, tokenizer, image_token_id)
+    if not prompt.images:
+        return Inputs(ids)
+    pixels = image_processor(images=prompt.images, return_tensors="pt")
+    lengths = iter((pixels.image_grid_thw.prod(-1) // image_processor.merge_size**2).tolist())
+    expanded = [token for id in ids for token in ([id] * next(lengths) if id == image_token_id else [id])]
+    return Inputs(expanded, pixels.pixel_values, pixels.image_grid_thw)
+
+
+def placeholder_ids(prompt: Prompt, tokenizer, image_token_id: int) -> list[int]:
+    """The rendered chat template's token ids, one image token an image."""
+    text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if ids.count(image_token_id) != len(prompt.images):
+        raise UsageError(f"prompt {prompt.id}: {ids.count(image_token_id)} image placeholders in its text, but "
+                         f"{len(prompt.images)} images")  # fmt: skip
+    return ids
+
+
 class Policy:
     def __init__(self, path: str | Path, device: str = "auto", dtype: str = "auto", train_vision: bool = False):
         """Loads a hub id or a `save_pretrained` folder. `dtype` "auto" is bf16 on CUDA, fp32 elsewhere."""
@@ -116,6 +139,8 @@ class Policy:
         self.image_token_id = config.image_token_id
         self.never_sampled = [getattr(config, name) for name in VISION_TOKENS if getattr(config, name, None) is not None]
         # a model's own sampling settings (Qwen3-VL: top_k 20, top_p 0.8) would bias the ratio: kept for `save`, not used
+        video = cached_file(path, VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
+        self.video_config = Path(video).read_text() if video else None
         self.stock_generation_config, self.model.generation_config = self.model.generation_config, GenerationConfig()
         stop = self.stock_generation_config.eos_token_id
         stop = self.tokenizer.eos_token_id if stop is None else stop
@@ -128,18 +153,7 @@ class Policy:
     # ----------------------------------------------------------------------------------------------- encode and sample
 
     def encode(self, prompt: Prompt) -> Inputs:
-        """Renders the chat template and expands each image placeholder to as many tokens as its image has."""
-        text = self.tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if ids.count(self.image_token_id) != len(prompt.images):
-            raise UsageError(f"prompt {prompt.id}: {ids.count(self.image_token_id)} image placeholders in its text, but "
-                             f"{len(prompt.images)} images")  # fmt: skip
-        if not prompt.images:
-            return Inputs(ids)
-        pixels = self.image_processor(images=prompt.images, return_tensors="pt")
-        lengths = iter((pixels.image_grid_thw.prod(-1) // self.image_processor.merge_size**2).tolist())
-        expanded = [token for id in ids for token in ([id] * next(lengths) if id == self.image_token_id else [id])]
-        return Inputs(expanded, pixels.pixel_values, pixels.image_grid_thw)
+        return encode(prompt, self.tokenizer, self.image_processor, self.image_token_id)
 
     @torch.no_grad()
     def sample(self, prompts: list[Prompt], group_size: int, max_new_tokens: int, temperature: float, seed: int) -> list[Group]:
@@ -259,6 +273,8 @@ class Policy:
             for part in (self.model, self.tokenizer, self.image_processor, self.stock_generation_config):
                 part.save_pretrained(aside)
             (aside / "state.json").write_text(json.dumps(state))
+            if self.video_config:
+                (aside / VIDEO_CONFIG).write_text(self.video_config)
             if optimizer is not None:
                 torch.save(optimizer.state_dict(), aside / "optimizer.pt")
         except Exception as error:

@@ -19,7 +19,8 @@ ALLOWED = {
     "autonpo": {"verifier", "tasks", "policy", "run", "report", "grpo", "npo", "signal_theory"},
     "baselines": {"cards", "verifier", "tasks", "policy", "run", "report", "grpo", "npo"},
     "benchmarks": {"verifier", "tasks"},
-    "evaluate": {"cards", "verifier", "tasks", "policy", "run", "benchmarks"},
+    "evaluate": {"cards", "verifier", "tasks", "policy", "run", "benchmarks", "vllm_sampler"},
+    "vllm_sampler": {"policy", "tasks"},
     "npo_trl": {"verifier", "tasks", "policy", "run", "npo"},
 }
 
