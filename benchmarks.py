@@ -8,6 +8,8 @@ Columns as in the data sets' own loaders in lmms-eval and VLMEvalKit.
 """
 
 import ast
+import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,13 +29,14 @@ class Malformed(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MENTION = re.compile(r"\s*<image\s*(\d*)>\s*")
-MARKER = r"(?:^|[\s,;(]){}\s*[.:)]\s*"  # before an option, as in "A: 5 cm", "(A) 5 cm", "A. 5 cm"
+MARKER = r"(?:^|[\s,;；(]){}\s*[.:)．：]\s*"  # before an option, as in "A: 5 cm", "(A) 5 cm", "A. 5 cm"
+MAX_ASPECT = 200  # a longer or narrower picture is refused by Qwen's image processor
 
 
-def lettered(text: str) -> list[str]:
+def lettered(text: str | None) -> list[str]:
     """The options that a text lists by letter, such as "Options: A: 3 cm, B: 5 cm" or "A. 3; B. 5"."""
-    begin = max((match.end() for match in re.finditer(r"(?:Options|Choices)\s*:", text)), default=0)
-    found = []
+    text = text or ""
+    begin, found = max((match.end() for match in re.finditer(r"(?:Options|Choices?)\s*:", text)), default=0), []
     for letter in "ABCDEFGHIJ":
         marker = re.compile(MARKER.format(letter)).search(text, begin)
         if marker is None:
@@ -41,7 +44,7 @@ def lettered(text: str) -> list[str]:
         found.append((marker.start(), marker.end()))
         begin = marker.end()
     ends = [start for start, _ in found[1:]] + [len(text)]
-    return [text[begin:end].strip(" \n,;") for (_, begin), end in zip(found, ends)]
+    return [text[begin:end].strip(" \n,;；") for (_, begin), end in zip(found, ends)]
 
 
 def literal(text: str) -> list[str]:
@@ -50,79 +53,122 @@ def literal(text: str) -> list[str]:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError) as error:
         raise Malformed("its options are no list") from error
-    return [str(option) for option in found]
+    if not isinstance(found, list):
+        raise Malformed("its options are no list")
+    return found
 
 
 def columns(*names: str) -> Callable[[dict], list]:
-    """What stands in these columns of a row, where something does."""
-    return lambda row: [row[name] for name in names if row.get(name) is not None and str(row[name]) not in ("", "nan")]
+    """What stands in these columns of a row, up to the first that is empty."""
+    empty = (None, "", "nan")
+    return lambda row: list(
+        itertools.takewhile(lambda value: value not in empty and value == value, (row.get(n) for n in names))
+    )
 
 
-def compose(text: str, images: list[Image.Image | None]) -> tuple[list[dict], list[Image.Image]]:
-    """Chat content and images in the order in which the text mentions them; those that it does not mention come first.
-
-    `<image>` is the next one, `<image 2>` the second, also where it is mentioned twice.
-    """
-    parts, order, following = MENTION.split(text), [], 0  # text, number, text, number, …, text
-    for number in parts[1::2]:
-        order.append(int(number) - 1 if number else following)
-        following += not number
+def compose(text: str, images: list[Image.Image | None], placed: bool) -> tuple[list[dict], list[Image.Image]]:
+    """Chat content and its images: all of them before the text, or, `placed`, where it mentions them (`<image 2>`, also twice)."""
+    order, words = [], [text]
+    if placed:
+        words = MENTION.split(text)  # text, number, text, number, …, text
+        order, words = [int(number or 1) - 1 for number in words[1::2]], words[::2]
     first = [place for place, image in enumerate(images) if place not in order and image is not None]
     if any(place >= len(images) or images[place] is None for place in order) or not first + order:
         raise Malformed("an image is missing")
+    used = [images[place] for place in first + order]
+    if not all(isinstance(image, Image.Image) for image in used):
+        raise Malformed("an image is no picture column of datasets")
+    if any(max(image.size) > MAX_ASPECT * min(image.size) for image in used):
+        raise Malformed(f"an image is over {MAX_ASPECT} times as long as wide")
     content = [{"type": "image"}] * len(first)
-    for place, words in enumerate(parts[::2]):
+    for place, part in enumerate(words):
         content += [{"type": "image"}] if place else []
-        content += [{"type": "text", "text": words}] if words.strip() else []
-    return content, [images[place].convert("RGB") for place in first + order]
+        content += [{"type": "text", "text": part}] if part.strip() else []
+    return content, [image.convert("RGB") for image in used]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is right
 # ---------------------------------------------------------------------------------------------------------------------
 
-NUMBER = re.compile(r"([-+]?(?:\d[\d,]*\.?\d*|\.\d+))\s*(.*)", re.DOTALL)
+FRACTION = re.compile(r"(-?)(?:\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}|(\d+)\s*/\s*(\d+))(.*)", re.DOTALL)
+NUMBER = re.compile(r"([-+]?(?:\d[\d,]*\.?\d*|\.\d+))(?:\s*\\times\s*10\s*\^\s*\{?(-?\d+)\}?)?(.*)", re.DOTALL)
+UNIT = re.compile(r"\s*((?:[A-Za-z°%$µ][A-Za-z°%/ .]*)?)\s*(?:\^?\{?\d\}?|[²³])?\s*")  # words, and an exponent
+NAMED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 
 
 def by_verifier(line: dict, response: str) -> bool:
     return verifier.is_correct(response, line["gold"], line["choices"])
 
 
+def tidy(answer: str) -> str:
+    """Without LaTeX's spaces, thousands separators, dollar signs and \\text{…}; degrees as °."""
+    answer = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|掳", "°", answer.replace("{,}", ","))  # 掳 stands for ° in MathVerse
+    answer = NAMED.sub(r"\1", answer.replace("\\%", "%").replace("\\$", "$").replace("$", ""))
+    return re.sub(r"\\[,;:! ]|~|\s+", " ", answer).strip(" .")
+
+
+def number(text: str) -> tuple[float, str] | None:
+    """A number, also as a fraction or a power of ten, and its unit in words; None where something else stands."""
+    if found := FRACTION.fullmatch(text):
+        sign, *parts, rest = found.groups()
+        over, under = [int(part) for part in parts if part is not None]
+        value = (-1 if sign else 1) * over / under if under else math.nan
+    elif found := NUMBER.fullmatch(text):
+        value, rest = float(found[1].replace(",", "")) * 10.0 ** int(found[2] or 0), found[3]
+    unit = UNIT.fullmatch(rest) if found else None
+    return (value, unit[1].strip(" .")) if unit and math.isfinite(value) else None
+
+
 def by_precision(line: dict, response: str) -> bool:
-    """MathVista: an integer cut from the number, a float rounded to `precision` decimals, a list element by element."""
-    kind, answer = line["facts"]["answer_type"], verifier.extract_answer(response)
-    if line["choices"] or kind == "text":
+    """MathVista: an integer cut from the number, a float rounded to `precision` decimals, a list element by element.
+
+    A unit that was asked for may be left out, but no other may stand in its place.
+    """
+    kind, answer, facts = line["facts"]["answer_type"], verifier.extract_answer(response), line["facts"]
+    if line["choices"] or kind == "text" or answer is None:
         return by_verifier(line, response)
-    if answer is None:
-        return False
-    answer = (
-        verifier.plain_text(answer).replace("\\%", "%").replace("\\$", "$").replace("^\\circ", "°").replace("^{\\circ}", "°")
-    )
+    answer = re.sub(r"^(?:\\approx|≈)\s*", "", tidy(answer))
     if kind == "list":
-        try:
-            theirs, mine = (ast.literal_eval(text) for text in (line["gold"], answer))
-            return [float(value) for value in theirs] == [float(value) for value in mine]
-        except (ValueError, SyntaxError, TypeError):
-            return verifier.equal(line["gold"], answer)[0]
-    number = NUMBER.fullmatch(answer.removeprefix("$").strip())
-    if number is None:
-        return verifier.equal(line["gold"], answer)[0]  # a fraction, say
-    unit = re.sub(r"\\(?:text|mathrm)\s*\{([^{}]*)\}|\\[,;! ]|\\ ", r"\1", number[2]).strip(" .")
-    if re.search(r"\d", unit) or (line["facts"]["unit"] and unit and unit not in (line["facts"]["unit"], "°", "%")):
-        return False  # more than one number, or another unit than the one that was asked for
-    try:
-        value, gold = float(number[1].replace(",", "")), float(line["gold"].replace(",", ""))
-    except ValueError:
+        lists = [re.split(r"\s*(?:,|;|\band\b)\s*", text.strip("[](){}\\ ")) for text in (line["gold"], answer)]
+        values = [[number(element) for element in elements] for elements in lists]
+        return None not in values[1] and values[0] == values[1]
+    mine, gold = number(answer), number(line["gold"])
+    if mine is None or gold is None:
         return verifier.equal(line["gold"], answer)[0]
+    asked = (facts["unit"] or "").lower().rstrip("s")
+    if asked and mine[1] and not mine[1].lower().startswith(asked):
+        return False
     if kind == "integer":
-        return int(value) == int(gold)
-    digits = int(line["facts"]["precision"] or 0)
-    return round(value, digits) == round(gold, digits)
+        return int(mine[0]) == int(gold[0])
+    digits = int(facts["precision"] or 0)
+    return round(mine[0], digits) == round(gold[0], digits)
 
 
-def all_right(parts: dict[str, bool]) -> dict[str, float]:
-    """One answer, or MMBench's circular protocol: right only if right in every rotation of the options."""
+def by_value(line: dict, response: str) -> bool:
+    """MathVerse, whose golds are written as "Area $=9 \\pi \\mathrm{cm}^{2}$": the value alone, without name or unit, is right, too."""
+    if by_verifier(line, response):
+        return True
+    answer = verifier.extract_answer(response)
+    if line["choices"] or answer is None:
+        return False
+    gold, answer = tidy(line["gold"]), tidy(answer)
+    if "=" in gold and "=" not in answer:
+        gold = gold.split("=")[-1]
+    gold, answer = (
+        re.sub(r"\s*(?:[ck]?m|mm|g|metres|(?:square |cubic )?units?|°\s*T?)\s*(?:\^\s*\{?\d\}?)?\s*$", "", text)
+        for text in (gold, answer)
+    )
+    return bool(gold.strip() and answer.strip()) and verifier.equal(gold.strip(), answer.strip())[0]
+
+
+def single(parts: dict[str, bool]) -> dict[str, float]:
     return {"": float(all(parts.values()))}
+
+
+def circular(parts: dict[str, bool]) -> dict[str, float]:
+    """MMBench's protocol: right only in every rotation of the options; "plain" is the mean over them."""
+    return {"": float(all(parts.values())), "plain": sum(parts.values()) / len(parts)}
 
 
 def we_math(parts: dict[str, bool]) -> dict[str, float]:
@@ -154,53 +200,59 @@ class Benchmark:
     note: str  # how the official scoring differs
     gold: str = "answer"  # a column
     facts: tuple[str, ...] = ()  # further columns that scoring needs
+    placed: bool = False  # images stand where the question mentions them
     together: Callable[[dict], tuple[str, str]] | None = None  # row -> (unit, part), where rows are scored together
-    score: Callable[[dict[str, bool]], dict[str, float]] = all_right  # of a unit, from its parts
-    complete: Callable[[str, set[str]], bool] = lambda unit, parts: True  # whether a unit has all its parts
+    parts: Callable[[str, list], int] = lambda unit, choices: 1  # how many parts a unit has
+    score: Callable[[dict[str, bool]], dict[str, float]] = single  # of a unit, from its parts
     rotate: bool = False  # ask every rotation of the options, where the data set does not hold them as rows
 
 
-OWN_PROMPT = "asked with our own prompt"
 BENCHMARKS = {
     "mmmu_pro": Benchmark(
         "MMMU-Pro", "MMMU/MMMU_Pro", "standard (10 options)", "test", lambda row: row["question"],
         lambda row: [row.get(f"image_{n}") for n in range(1, 8)], lambda row: literal(row["options"]), False, by_verifier,
-        f"standard split with 10 options only (the official score averages it with the vision split); {OWN_PROMPT}",
+        "the standard split with 10 options; the official score, and by its decimals the paper's, averages it with the vision split", placed=True,
     ),
     "mathvista": Benchmark(
         "MathVista", "AI4Math/MathVista", None, "testmini", lambda row: row["query"], columns("decoded_image"),
         lambda row: row["choices"] if row["question_type"] == "multi_choice" else None, True, by_precision,
-        "officially a language model extracts the answer; here the last box does", facts=("answer_type", "precision", "unit"),
+        "officially a language model extracts the answer, and the nearest option counts; here the last box does",
+        facts=("answer_type", "precision", "unit"),
     ),
     "mathvision": Benchmark(
         "MathVision", "MathLLMs/MathVision", None, "test", lambda row: row["question"], columns("decoded_image"),
-        lambda row: row["options"] or None, False, by_verifier, f"{OWN_PROMPT}; equality by math-verify",
+        lambda row: row["options"] or None, False, by_verifier,
+        "equality by math-verify, where the official script evaluates both sides to two decimals, and others let a language model extract",
     ),
     "zerobench": Benchmark(
-        "ZeroBench", "jonathan-roberts1/zerobench", None, "zerobench", lambda row: row["question_text"],
-        lambda row: row["question_images_decoded"], lambda row: None, False, by_verifier,
-        "officially the answer in curly braces, by containment; the 100 main questions, not the subquestions", gold="question_answer",
+        "ZeroBench", "jonathan-roberts1/zerobench", None, "zerobench_subquestions", lambda row: row["question_text"],
+        lambda row: row["question_images_decoded"] or [], lambda row: None, False, by_verifier,
+        "the 334 subquestions (all of the paper's values are multiples of 0.5/334, none of 1/100); officially the answer in curly "
+        "braces, by containment; the data set asks for consent on the hub", gold="question_answer",
     ),
     "wemath": Benchmark(
-        "WeMath", "We-Math/We-Math", None, "testmini", lambda row: row["question"], columns("image_path"),
-        lambda row: lettered(row["option"] or ""), False, by_verifier, "the strict score; the paper does not say which it reports",
-        together=lambda row: (f"{row['key'].split('_')[0]}-{row['ID']}", row["key"].split("_")[1]), score=we_math,
-        complete=lambda unit, parts: parts == {*map(str, range(1, int(unit[0]) + 1)), "multi"},
+        "WeMath", "We-Math/We-Math", None, "testmini", lambda row: f"{row['question']}\n{row['option']}", columns("image_path"),
+        lambda row: lettered(row["option"]), True, by_verifier,
+        "the strict score; the paper's values fit a score over 525 problems, it does not say which",
+        together=lambda row: (f"{row['key'].split('_')[0]}-{row['ID']}", row["key"].split("_")[1]),
+        parts=lambda unit, choices: int(unit[0]) + 1, score=we_math,
     ),
     "mmbench": Benchmark(
         "MMBench", "lmms-lab/MMBench", "en", "dev", lambda row: "\n".join([*columns("hint")(row), row["question"]]), columns("image"),
-        lambda row: columns("A", "B", "C", "D")(row), False, by_verifier,
-        "English dev split, circular; officially a language model reads answers that are no letter",
-        together=lambda row: (str(int(row["index"]) % 1_000_000), str(int(row["index"]) // 1_000_000)), rotate=True,
+        columns("A", "B", "C", "D"), False, by_verifier,
+        "English dev split, circular, which is stricter than the plain mean over rows that some tools report; officially a language model "
+        "reads answers that are no letter", together=lambda row: (str(int(row["index"]) % 1_000_000), str(int(row["index"]) // 1_000_000)),
+        parts=lambda unit, choices: len(choices), score=circular, rotate=True,
     ),
     "mmstar": Benchmark(
         "MMStar", "Lin-Chen/MMStar", None, "val", lambda row: row["question"], columns("image"),
-        lambda row: lettered(row["question"] or ""), True, by_verifier, OWN_PROMPT,
+        lambda row: lettered(row["question"]), True, by_verifier, "the mean over questions, where some tools average over categories",
     ),
     "mathverse": Benchmark(
         "MathVerse", "CaraJ/MathVerse-lmmseval", "testmini", "testmini", lambda row: row["query_cot"], columns("image"),
-        lambda row: mathverse_options(row), True, by_verifier,
-        "officially a language model judges; all five versions of each problem, without Text Only",
+        lambda row: mathverse_options(row), True, by_value,
+        "officially a language model judges; golds that are sentences (domain and range, say) hardly match by rule; the five versions with an "
+        "image; in Vision Only the options are in it, and only letters count",
     ),
 }  # fmt: skip
 
@@ -208,8 +260,7 @@ BENCHMARKS = {
 def mathverse_options(row: dict) -> list[str] | None:
     if row["question_type"] != "multi-choice":
         return None
-    in_picture = row["problem_version"] == "Vision Only"  # there the options are, and only letters can be compared
-    return list("ABCDE") if in_picture else lettered(row["query_cot"] or "")
+    return list("ABCDEF") if row["problem_version"] == "Vision Only" else lettered(row["query_cot"])
 
 
 # arXiv 2604.20733: Qwen3-VL-8B-Instruct, MMFineReason-123K, 32 H200; the eight in the paper's order, then their average
@@ -235,7 +286,8 @@ def item(benchmark: Benchmark, id: str, row: dict, rotation: int) -> tuple[Promp
     if not (text or "").strip():
         raise Malformed("no question")
     if options is not None:
-        if len(options) < 2 or not all(str(option).strip() for option in options):
+        options = [str(option) for option in options]
+        if len(options) < 2 or not all(option.strip() for option in options):
             raise Malformed("its options cannot be read")
         right = verifier.option_index(gold, options)
         if right is None:
@@ -244,7 +296,7 @@ def item(benchmark: Benchmark, id: str, row: dict, rotation: int) -> tuple[Promp
         gold = chr(ord("A") + (right - rotation) % len(options))
         if not benchmark.listed:
             text += "\nOptions:\n" + "\n".join(f"{chr(ord('A') + place)}. {option}" for place, option in enumerate(options))
-    content, images = compose(text, benchmark.images(row))
+    content, images = compose(text, benchmark.images(row), benchmark.placed)
     content.append({"type": "text", "text": f"\n{BOXED}"})
     line = {"gold": gold, "choices": options, "facts": {name: row.get(name) for name in benchmark.facts}}
     return Prompt(id, [{"role": "user", "content": content}], images, gold, options), line

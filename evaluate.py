@@ -10,25 +10,27 @@ predictions.jsonl in --out is the truth: a header, then a line an item, with its
 resumes it; another --model or sampling asks for another --out. An item that cannot be asked (no image, options that cannot be
 read, no gold answer) is counted and shown, never scored as wrong.
 
-Scores are avg@K, the mean over the K answers to each item, in percent, with a 95 % interval over items: 1.96 standard errors, which
-says nothing of training seeds. Numbers by rule, with our own prompts, are not comparable with papers': the footnotes say why.
+Scores are avg@K, the mean over the K answers to each item, in percent, with a 95 % interval over items: 1.96 standard errors (too narrow
+for a handful of items), which says nothing of training seeds. Numbers by rule, with our own prompts, are not comparable with
+papers': the footnotes say why.
 """
 
 import contextlib
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import cards
 import verifier
 import vllm_sampler
-from benchmarks import BENCHMARKS, PAPER, PAPER_ORDER, Malformed, all_right, item
+from benchmarks import BENCHMARKS, PAPER, PAPER_ORDER, Malformed, item
 from policy import Policy
 from run import command_line, derived_seed, model_path, read_jsonl, say
 from tasks import FILE_TYPES, Prompt, UsageError, fingerprint, load_prompts, open_dataset
@@ -41,7 +43,7 @@ class EvaluateConfig:
     limit: int = 0  # ask only the first so many of each (questions, or problems where several items count together) [all]
     samples: int = 1  # K answers to each item
     data_dir: str = ""  # local files NAME.parquet, or folders NAME/ of them, instead of the hub
-    out: str = "runs/evaluate"  # where predictions.jsonl, scores.json and table.md go; the same command resumes it
+    out: str = ""  # where predictions.jsonl, scores.json and table.md go [runs/evaluate/MODEL; beside --predictions]
     predictions: str = ""  # score this file again instead; no model is loaded
     temperature: float = 1.0  # of sampling, as in training; not specified by the paper
     max_new_tokens: int = 0  # longest answer [64 for cards, else 4096]
@@ -53,6 +55,9 @@ class EvaluateConfig:
 
     def __post_init__(self):
         on_cards = self.model == "cards"
+        self.out = self.out or str(
+            Path(self.predictions).parent if self.predictions else Path("runs/evaluate") / Path(self.model).name
+        )
         self.benchmarks = self.benchmarks or ("cards" if on_cards else ",".join(BENCHMARKS))
         self.max_new_tokens = self.max_new_tokens or (64 if on_cards else 4096)
         if self.sampler == "auto":
@@ -61,6 +66,8 @@ class EvaluateConfig:
 
     def check(self) -> None:
         """Raises UsageError for the first value that makes no sense."""
+        if not self.names():
+            raise UsageError(f"--benchmarks {self.benchmarks}: names none; known are cards, {', '.join(BENCHMARKS)}")
         for name in ("samples", "max_new_tokens", "batch_size", "temperature"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
@@ -94,22 +101,28 @@ class Asked:
 def rows_of(name: str, data_dir: str):
     """The rows of a benchmark, from the hub or from local files; one clear line where they cannot be had."""
     benchmark = BENCHMARKS[name]
-    if data_dir:
-        files = [
-            path for end in ("", "/**/*") for path in sorted(Path(data_dir).glob(f"{name}{end}.*")) if path.suffix in FILE_TYPES
-        ]
-        if not files:
-            raise UsageError(
-                f"--data-dir {data_dir}: holds neither {name}.parquet nor data files in {name}/, for {benchmark.title}"
-            )
-        rows = open_dataset([str(path) for path in files], benchmark.split)
-    else:
-        try:
+    folder = Path(data_dir) / name
+    files = sorted(path for path in Path(data_dir).glob(f"{name}.*") if path.suffix in FILE_TYPES)
+    shards = sorted(str(path) for path in folder.glob(f"**/{benchmark.split}[-.]*") if path.suffix in FILE_TYPES)
+    try:
+        if not data_dir:
             rows = open_dataset(benchmark.hub, benchmark.split, benchmark.config)
-        except UsageError as error:
-            reason = str(error.__cause__).strip().splitlines()[0]
-            raise UsageError(f"--benchmarks {name}: {benchmark.title} cannot be had from the hub as {benchmark.hub} ({reason}); "
-                             f"with a copy of it give --data-dir, the folder above {name}.parquet or {name}/") from error  # fmt: skip
+        elif len(files) == 1:
+            rows = open_dataset(str(files[0]), benchmark.split)
+        elif (folder / "README.md").is_file():  # a clone of the hub's, which tells configurations and splits there
+            rows = open_dataset(str(folder), benchmark.split, benchmark.config)
+        elif shards:
+            rows = open_dataset(shards, benchmark.split)
+        else:
+            raise UsageError(f"--data-dir {data_dir}: holds neither one {name}.parquet (or .json, .jsonl, .csv), nor a clone {name}/, nor "
+                             f"{name}/{benchmark.split}-*.parquet, for {benchmark.title}")  # fmt: skip
+    except UsageError as error:
+        if error.__cause__ is None:
+            raise
+        reason = (str(error.__cause__).strip() or type(error.__cause__).__name__).splitlines()[0]
+        where = f"--data-dir {data_dir}" if data_dir else f"the hub, {benchmark.hub}"
+        raise UsageError(f"--benchmarks {name}: {benchmark.title}, split {benchmark.split}, cannot be had from {where} ({reason}). With a copy "
+                         f"of it give --data-dir, the folder above {name}.parquet or {name}/") from error  # fmt: skip
     try:
         row = without_pictures(rows)[0]
         for read in (benchmark.question, benchmark.options, benchmark.together or str):
@@ -165,7 +178,11 @@ def ask(config: EvaluateConfig, name: str, path: Path, sampler) -> None:
     size = max(1, config.batch_size // config.samples)
     batches = [asked[first : first + size] for first in range(0, len(asked), size)]
     ids = [[one[0].id if rows is None else one.id for one in batch] for batch in batches]
-    done = {line["id"] for line in read_jsonl(path)[1:] if line["benchmark"] == name}
+    mine = [line for line in read_jsonl(path)[1:] if line["benchmark"] == name]
+    done = {line["id"] for line in mine if "id" in line}
+    if not mine:
+        with open(path, "a") as file:
+            file.write(json.dumps({"benchmark": name, "asked": len(asked)}) + "\n")
     if done - {id for some in ids for id in some}:
         raise UsageError(f"--out {config.out}: its predictions for {name} are of another data set; choose another --out")
     with tqdm(total=len(asked), desc=name, unit="item") as bar:
@@ -194,15 +211,19 @@ def prepare(name: str, rows, batch: list[Asked]) -> tuple[list[tuple[Prompt, dic
             ready.append((prompt, line | more))
         except Malformed as error:
             malformed.append(line | {"malformed": str(error)})
-        except OSError:  # Pillow's, for what is no picture
+        except (OSError, Image.DecompressionBombError):  # Pillow's, for what is no picture, or far too large a one
             malformed.append(line | {"malformed": "an image cannot be read"})
     return ready, malformed
 
 
 def open_predictions(config: EvaluateConfig, path: Path) -> None:
     """Starts predictions.jsonl, or checks that it is of the same model and sampling; drops what a kill left unfinished."""
-    header = {name: value for name, value in asdict(config).items()
-              if name in ("model", "sampler", "samples", "temperature", "max_new_tokens", "batch_size", "limit", "seed")}  # fmt: skip
+    kept = ("model", "sampler", "samples", "temperature", "max_new_tokens", "batch_size", "limit", "seed")
+    files = sorted(Path(model_path(config)).glob("*.safetensors"))  # a checkpoint that was trained anew has the same path
+    header = {name: getattr(config, name) for name in kept}
+    header["weights"] = (
+        fingerprint((file.name, file.stat().st_size, int(file.stat().st_mtime)) for file in files) if files else None
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = read_jsonl(path) or [header]
     if differ := [key for key in header if lines[0].get(key) != header[key]]:
@@ -218,43 +239,42 @@ def open_predictions(config: EvaluateConfig, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def right(line: dict, response: str) -> bool:
-    if line["benchmark"] == "cards":
-        return verifier.is_correct(response, line["gold"])
-    return BENCHMARKS[line["benchmark"]].right(line, response)
-
-
 def score(name: str, lines: list[dict]) -> dict:
     """A benchmark's scores from its lines: {"", and what else its rule gives: [mean, half width]} in percent, and counts."""
-    units, malformed, reasons = {}, set(), {}
+    benchmark, units, malformed, reasons = BENCHMARKS[name], {}, set(), {}
+    asked = [line for line in lines if "responses" in line]
     for line in lines:
         if "malformed" in line:
             malformed.add(line["unit"])
             reasons[line["malformed"]] = reasons.get(line["malformed"], 0) + 1
-        else:
-            units.setdefault(line["unit"], {})[line["part"]] = [right(line, response) for response in line["responses"]]
-    rule = BENCHMARKS[name].score if name in BENCHMARKS else all_right
+    for line in asked:
+        units.setdefault(line["unit"], []).append(line)
     means = {}  # score -> a value for each unit, mean over the K answers
     for unit, parts in units.items():
-        if unit in malformed or (name in BENCHMARKS and not BENCHMARKS[name].complete(unit, set(parts))):
+        if unit in malformed or len(parts) < benchmark.parts(unit, parts[0]["choices"]):
             malformed.add(unit)
             continue
-        samples = [rule(dict(zip(parts, answers))) for answers in zip(*parts.values())]
+        verdicts = {line["part"]: [benchmark.right(line, response) for response in line["responses"]] for line in parts}
+        samples = [benchmark.score(dict(zip(verdicts, answers))) for answers in zip(*verdicts.values())]
         for key in samples[0]:
             means.setdefault(key, []).append(statistics.fmean(sample[key] for sample in samples))
-    asked = [line for line in lines if "malformed" not in line]
     answers = [response for line in asked for response in line["responses"]]
     return {
-        "scores": {key: [100 * statistics.fmean(values), 100 * half_width(values)] for key, values in means.items()},
+        "scores": {key: [100 * statistics.fmean(values), half_width(values)] for key, values in means.items()},
         "scored": len(next(iter(means.values()), [])), "malformed": len(malformed), "reasons": reasons,
+        "items": sum("id" in line for line in lines), "asked": next((line["asked"] for line in lines if "asked" in line), None),
         "unanswered": sum(verifier.extract_answer(response) is None for response in answers), "answers": len(answers),
         "cut": sum(not finished for line in asked for finished in line["finished"]),
     }  # fmt: skip
 
 
-def half_width(values: list[float]) -> float:
-    """Of a 95 % interval of the mean over items."""
-    return 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def half_width(values: list[float]) -> float | None:
+    """Of a 95 % interval of the mean over items, in percent; None of a single one."""
+    return 100 * 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def percent(mean: float, half: float | None, digits: int = 2) -> str:
+    return f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def table(name: str, found: dict[str, dict]) -> str:
@@ -265,7 +285,7 @@ def table(name: str, found: dict[str, dict]) -> str:
         paper = {key: f"{value:.2f}" for key, value in zip(PAPER_ORDER, values)}
         lines.append(f"| paper: {row} | " + " | ".join(paper.get(key, "") for key in (*BENCHMARKS, "avg")) + " |")
     scores = {key: one["scores"][""] for key, one in found.items() if one["scores"]}
-    mine = {key: "nothing scored" for key in found} | {key: f"{mean:.2f} ± {half:.2f}" for key, (mean, half) in scores.items()}
+    mine = {key: "nothing scored" for key in found} | {key: percent(*value) for key, value in scores.items()}
     if scores.keys() >= set(PAPER_ORDER[:-1]):
         mine["avg"] = f"{statistics.fmean(scores[key][0] for key in PAPER_ORDER[:-1]):.2f}"
     lines.append(f"| {name} | " + " | ".join(mine.get(key, "") for key in (*BENCHMARKS, "avg")) + " |\n")
@@ -276,39 +296,42 @@ def table(name: str, found: dict[str, dict]) -> str:
         counts = ""
         if key in found:
             one = found[key]
-            extra = "".join(f"; {what} {mean:.2f} ± {half:.2f}" for what, (mean, half) in one["scores"].items() if what)
-            counts = f". Here: {one['scored']} scored{extra}, {one['malformed']} malformed"
+            extra = "".join(f" ({what}: {percent(*value)})" for what, value in one["scores"].items() if what)
+            partial = f"PARTIAL, {one['items']} of {one['asked']} items asked: " if one["items"] != one["asked"] else ""
+            counts = f". Here: {partial}{one['scored']} scored{extra}, {one['malformed']} malformed"
             counts += "".join(f" ({count} x {reason})" for reason, count in one["reasons"].items())
             counts += f"; of {one['answers']} answers {one['unanswered']} without a box, {one['cut']} cut"
         lines.append(f"[{number}] {benchmark.title}: {benchmark.note}{counts}.")
     return "\n".join(lines)
 
 
-def cards_table(lines: list[dict], out: Path) -> str:
-    """Accuracy in the cards world by number of cards and of carries, and its picture."""
+def cards_table(lines: list[dict], out: Path) -> tuple[dict, str]:
+    """Accuracy in the cards world by number of cards and of carries, in percent, as numbers, as a table, and as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    values = [(line["facts"], statistics.fmean(right(line, response) for response in line["responses"])) for line in lines]
-    text = [f"cards: {100 * statistics.fmean(v for _, v in values):.1f} % of {len(values)} hands", ""]
+    values = [
+        (line["facts"], statistics.fmean(verifier.is_correct(r, line["gold"]) for r in line["responses"])) for line in lines
+    ]
+    every = [value for _, value in values]
+    found = {"all": [100 * statistics.fmean(every), half_width(every)]}
+    text = [f"cards: {percent(*found['all'], 1)} % of {len(values)} hands", ""]
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     for axes, fact in zip(panels, ("cards", "carries")):
         groups = {n: [v for facts, v in values if facts[fact] == n] for n in sorted({facts[fact] for facts, _ in values})}
-        means, halves = (
-            [100 * statistics.fmean(some) for some in groups.values()],
-            [100 * half_width(some) for some in groups.values()],
-        )
+        found[fact] = {n: [100 * statistics.fmean(some), half_width(some)] for n, some in groups.items()}
         text += ["| " + " | ".join([fact, *map(str, groups)]) + " |", "|---" * (len(groups) + 1) + "|",
                  "| hands | " + " | ".join(str(len(some)) for some in groups.values()) + " |",
-                 "| accuracy, % | " + " | ".join(f"{m:.1f} ± {h:.1f}" for m, h in zip(means, halves)) + " |", ""]  # fmt: skip
-        axes.bar(list(groups), means, yerr=[0 if math.isnan(half) else half for half in halves], capsize=3)
+                 "| accuracy, % | " + " | ".join(percent(*value, 1) for value in found[fact].values()) + " |", ""]  # fmt: skip
+        means, halves = zip(*found[fact].values())
+        axes.bar(list(groups), means, yerr=[half or 0 for half in halves], capsize=3)
         axes.set(xlabel=f"number of {fact}", xticks=list(groups), ylim=(0, 100))
     panels[0].set_ylabel("held-out accuracy, %")
     figure.savefig(out / "cards.png", dpi=110)
     pyplot.close(figure)
-    return "\n".join([*text, f"picture: {out / 'cards.png'}"])
+    return found, "\n".join([*text, f"picture: {out / 'cards.png'}"])
 
 
 def main(config: EvaluateConfig) -> None:
@@ -330,14 +353,17 @@ def main(config: EvaluateConfig) -> None:
         for name in config.names():
             ask(config, name, path, sampler)
     header, *lines = read_jsonl(path)
-    once = {line["id"]: line for line in lines}.values()  # a batch that a kill cut was asked again
     by_name = {}
-    for line in once:
+    for line in {line.get("id", line["benchmark"]): line for line in lines}.values():  # a batch that a kill cut was asked again
         by_name.setdefault(line["benchmark"], []).append(line)
-    found = {name: score(name, some) for name, some in tqdm(by_name.items(), desc="scoring", delay=3)}
-    text = [cards_table(by_name["cards"], out)] if "cards" in by_name else []
-    if by_name.keys() - {"cards"}:
+    found, text = {}, []
+    if cards_lines := [line for line in by_name.pop("cards", []) if "id" in line]:
+        cards_found, shown = cards_table(cards_lines, out)
+        text.append(shown)
+    if by_name:
+        found = {name: score(name, some) for name, some in tqdm(by_name.items(), desc="scoring", delay=3)}
         text.append(table(header["model"], found))
+    found |= {"cards": cards_found} if cards_lines else {}
     (out / "scores.json").write_text(json.dumps({"predictions": str(path), **header, "benchmarks": found}, indent=2) + "\n")
     (out / "table.md").write_text("\n\n".join(text) + "\n")
     say("\n" + "\n\n".join(text))

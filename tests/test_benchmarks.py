@@ -56,7 +56,7 @@ def load(folder, name: str, rows: list[dict]):
             table = table.cast_column(column, datasets.Image())
         if column == "choices":
             table = table.cast_column(column, datasets.List(datasets.Value("string")))
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     table.to_parquet(folder / f"{name}.parquet")
     return evaluate.rows_of(name, str(folder))
 
@@ -77,6 +77,8 @@ GOLDEN = {  # (what differs from the row above, an answer, whether it is right; 
         ({"options": "['" + "', '".join("abcdefghij") + "']", "answer": "J"}, r"\boxed{j}", True),
         ({"options": "3 cm, 5 cm"}, "its options are no list", None),
         ({"options": "['3 cm']"}, "its options cannot be read", None),
+        ({"options": "[['A', 'B']]"}, "its options cannot be read", None),  # as row 81 of the real data
+        ({"options": "5"}, "its options are no list", None),
         ({"answer": "E"}, "gold 'E' names none of its 4 options", None),
         ({"image_3": None}, "an image is missing", None),
     ],
@@ -91,15 +93,27 @@ GOLDEN = {  # (what differs from the row above, an answer, whether it is right; 
         (INTEGER, r"\boxed{13.7}", False),
         (INTEGER | {"answer": "1400"}, r"\boxed{1,400}", True),
         (INTEGER | {"unit": "$"}, r"\boxed{\$14}", True),
-        (INTEGER | {"unit": "cm"}, r"\boxed{14 \text{ cm}}", True),
-        (INTEGER | {"unit": "cm"}, r"\boxed{14 m}", False),  # another unit than the one asked for
+        (INTEGER | {"unit": "years"}, r"\boxed{14 \text{ years}}", True),
+        (INTEGER | {"unit": "years"}, r"\boxed{14 Years old}", True),
+        (INTEGER | {"unit": "years"}, r"\boxed{14~\text{months}}", False),  # another unit than the one asked for
+        (INTEGER | {"unit": "g"}, r"\boxed{14\,\mathrm{g}}", True),
         (INTEGER, r"\boxed{14 apples}", True),  # none was asked for
         (INTEGER, r"\boxed{14^\circ}", True),
         (INTEGER, r"\boxed{14 or 15}", False),
+        (INTEGER, r"\boxed{14 + x}", False),
+        (INTEGER, r"\boxed{14 \text{ m}^2}", True),
+        (INTEGER, r"\boxed{\approx 14}", True),
+        (INTEGER, r"\boxed{1" + "0" * 400 + "}", False),  # beyond a float
+        (INTEGER | {"answer": "1400"}, r"\boxed{1{,}400}", True),
+        (INTEGER | {"answer": "500"}, r"\boxed{5 \times 10^{2}}", True),
+        ({"precision": 2.0, "answer": "0.67"}, r"\boxed{2/3}", True),
+        ({"precision": 2.0, "answer": "0.67"}, r"\boxed{\frac{1}{3}}", False),
         (INTEGER | {"answer": "-3"}, r"\boxed{-3}", True),
         ({"answer": "0.5"}, r"\boxed{\frac{1}{2}}", True),
         ({"answer_type": "list", "answer": "[1, 2.5]"}, r"\boxed{[1.0, 2.5]}", True),
         ({"answer_type": "list", "answer": "[1, 2.5]"}, r"\boxed{[2.5, 1]}", False),
+        ({"answer_type": "list", "answer": "[2007, 2008]"}, r"\boxed{2007 and 2008}", True),
+        ({"answer_type": "list", "answer": "[2007, 2008]"}, r"\boxed{2007}", False),
         (CHOICE, r"\boxed{B}", True),
         (CHOICE, r"\boxed{72°}", True),
         (CHOICE, r"\boxed{A}", False),
@@ -122,7 +136,9 @@ GOLDEN = {  # (what differs from the row above, an answer, whether it is right; 
         ({"options": ["3", "4", "9"], "answer": "C"}, r"\boxed{C}", True),
         ({"options": ["3", "", "9"], "answer": "C"}, "its options cannot be read", None),
         ({"answer": " "}, "no gold answer", None),
-        ({"question": "<image1> and <image2>"}, "an image is missing", None),
+        ({"question": "<image1> is to <image2> as ?"}, r"\boxed{7}", True),  # one picture holds both, labelled
+        ({"decoded_image": None}, "an image is missing", None),
+        ({"decoded_image": picture(32 * 201)}, "an image is over 200 times as long as wide", None),
     ],
     "zerobench": [
         ({}, r"\boxed{11.9}", True),
@@ -153,6 +169,7 @@ GOLDEN = {  # (what differs from the row above, an answer, whether it is right; 
         ({"option": "A. 1:2; B. 1:4; C. 4:1", "answer": "B"}, r"\boxed{C}", False),
         ({"option": "A. 3; B. 4; C. 5; D. 6; E. No correct answer", "answer": "E"}, r"\boxed{E}", True),
         ({"option": "A. B and C; B. A and C; C. none", "answer": "C"}, r"\boxed{C}", True),
+        ({"option": "A. ①; B．②; C. ③"}, r"\boxed{②}", True),  # a full-width stop, as in row 58
         ({"option": "four or five"}, "its options cannot be read", None),
         ({"answer": None}, "no gold answer", None),
         ({"image_path": None}, "an image is missing", None),
@@ -206,6 +223,14 @@ GOLDEN = {  # (what differs from the row above, an answer, whether it is right; 
         (FREE | {"answer": "12"}, r"\boxed{21}", False),
         (FREE | {"answer": r"\sqrt{8}"}, r"\boxed{2\sqrt{2}}", True),
         (FREE | {"answer": "y=2x+1"}, r"\boxed{y=2x+1}", True),
+        (FREE | {"answer": "x=5"}, r"\boxed{y=5}", False),
+        (FREE | {"answer": r"Area $=9 \pi \mathrm{cm}^{2}$"}, r"\boxed{9\pi}", True),
+        (FREE | {"answer": r"Area $=9 \pi \mathrm{cm}^{2}$"}, r"\boxed{6\pi}", False),
+        (FREE | {"answer": r"Area $=9.4 \mathrm{~cm}^{2}$"}, r"\boxed{9.4 \text{ cm}^2}", True),
+        (FREE | {"answer": r"217 ^\circ T"}, r"\boxed{217°}", True),
+        (FREE | {"answer": "35掳"}, r"\boxed{35}", True),
+        ({"query_cot": "Choice:\nA: 3\nB: 4"}, r"\boxed{4}", True),
+        ({"answer": "C\nD"}, "gold 'C\\nD' names none of its 4 options", None),
         ({"query_cot": "Question: How wide is angle D?"}, "its options cannot be read", None),
         (FREE | {"answer": ""}, "no gold answer", None),
         ({"image": None}, "an image is missing", None),
@@ -224,15 +249,15 @@ def test_golden_answers(name, tmp_path):
             assert not ready and malformed[0]["malformed"] == response, change
         else:
             assert not malformed, (change, malformed)
-            assert evaluate.right(ready[0][1] | {"benchmark": name}, response) is expected, (change, response)
+            assert BENCHMARKS[name].right(ready[0][1], response) is expected, (change, response)
 
 
 PROMPTS = {  # what the model is asked; [32] is an image of that width
     "mmmu_pro": "[64] How long is [32] in [96] ?\nOptions:\nA. 3 cm\nB. 5 cm\nC. 7 cm\nD. 10'",
     "mathvista": "[32] Hint: Please answer with one decimal place.\nQuestion: How tall is it?",
-    "mathvision": "How many squares? [32]",
+    "mathvision": "[32] How many squares?\n<image1>",
     "zerobench": "[32] [64] What is the total?",
-    "wemath": "[32] How large is it?\nOptions:\nA. 4\nB. 4.5 cm\nC. 5\nD. No correct answer",
+    "wemath": "[32] How large is it?\nA. 4; B. 4.5 cm; C. 5; D. No correct answer",
     "mmbench": "[32] What is it?\nOptions:\nA. a cat\nB. a dog\nC. a fox",
     "mmstar": "[32] Which colour?\nOptions: A: dark red, B: green, C: light blue, D: none of them",
     "mathverse": "[32] Please first reason, and give the option letter, e.g., A, B, C, D, at the end.\nQuestion: How wide is angle D?\n"
@@ -260,14 +285,18 @@ def test_a_hint_stands_before_the_question(tmp_path):
 
 def test_images_stand_where_they_are_mentioned_also_twice():
     images = [picture(1), None, picture(3), picture(4)]
-    content, order = compose("<image 3> before <image1>, again <image 3>", images)
+    content, order = compose("<image 3> before <image1>, again <image 3>", images, placed=True)
     assert [image.width for image in order] == [4, 3, 1, 3]  # the one that is not mentioned comes first
     assert [part.get("text", "*") for part in content] == ["*", "*", "before", "*", ", again", "*"]
-    content, order = compose("<image> then <image>", images[2:])
-    assert [image.width for image in order] == [3, 4]
+    content, order = compose("<image 2> then <image 1>", images[2:], placed=False)  # labels inside the pictures, say
+    assert [image.width for image in order] == [3, 4] and content[-1]["text"] == "<image 2> then <image 1>"
     for text in ("<image 2>", "<image 9>"):
         with pytest.raises(Malformed, match="an image is missing"):
-            compose(text, images)
+            compose(text, images, placed=True)
+    with pytest.raises(Malformed, match="an image is no picture column"):
+        compose("", [{"bytes": b"", "path": None}], placed=False)
+    for mode in ("P", "RGBA", "L"):
+        assert compose("", [Image.new(mode, (8, 8))], placed=False)[1][0].mode == "RGB"
 
 
 @pytest.mark.parametrize(
@@ -306,14 +335,26 @@ def test_another_data_set_in_a_benchmarks_place(tmp_path):
     (tmp_path / "mmstar.parquet").rename(tmp_path / "wemath.parquet")
     with pytest.raises(UsageError, match="--benchmarks wemath: its rows have no 'option'; is this We-Math/We-Math"):
         evaluate.rows_of("wemath", str(tmp_path))
-    with pytest.raises(UsageError, match="holds neither mathverse.parquet nor data files in mathverse/, for MathVerse"):
+    with pytest.raises(
+        UsageError,
+        match="holds neither one mathverse.parquet .* nor a clone mathverse/, nor mathverse/testmini-.*, for MathVerse",
+    ):
         evaluate.rows_of("mathverse", str(tmp_path))
 
 
-def test_a_folder_of_parquet_files(tmp_path):
+def test_a_folder_as_on_the_hub(tmp_path):
+    """The split's files are read, not the other split's; a README tells configurations, as in a clone."""
     folder = tmp_path / "mmstar"
-    load(folder, "mmstar", [{}, {"answer": "A"}])
-    (folder / "mmstar.parquet").rename(folder / "val-00000-of-00002.parquet")
-    load(folder, "mmstar", [{"answer": "D"}])
-    (folder / "mmstar.parquet").rename(folder / "val-00001-of-00002.parquet")
-    assert evaluate.rows_of("mmstar", str(tmp_path))["answer"] == ["B", "A", "D"]
+    for shard, answer in (("val-00000-of-00002", "A"), ("val-00001-of-00002", "D"), ("test-00000-of-00001", "C")):
+        load(folder, "mmstar", [{"answer": answer}])
+        (folder / "mmstar.parquet").rename(folder / f"{shard}.parquet")
+    assert evaluate.rows_of("mmstar", str(tmp_path))["answer"] == ["A", "D"]
+    for config in ("en", "cn"):
+        load(tmp_path / "mmbench" / config, "mmbench", [{"question": config}])
+        (tmp_path / f"mmbench/{config}/mmbench.parquet").rename(tmp_path / f"mmbench/{config}/dev-00000-of-00001.parquet")
+    (tmp_path / "mmbench/README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {config}\n  data_files:\n  - split: dev\n    path: {config}/dev-*\n" for config in ("cn", "en")) + "---\n")  # fmt: skip
+    assert evaluate.rows_of("mmbench", str(tmp_path))["question"] == ["en"]
+    (folder / "val-00000-of-00002.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UsageError, match="--benchmarks mmstar: MMStar, split val, cannot be had from --data-dir"):
+        evaluate.rows_of("mmstar", str(tmp_path))

@@ -6,7 +6,6 @@ import statistics
 
 import datasets
 import pytest
-from conftest import ROOT
 from test_benchmarks import ONE, ROWS, load, picture
 from test_command_line import killed_when
 
@@ -62,9 +61,18 @@ def test_circular_needs_every_rotation_in_the_same_sample():
     lines = [answered("mmbench", "7", "0", True, True), answered("mmbench", "7", "1", True, False),
              answered("mmbench", "8", "0", True, False), answered("mmbench", "8", "1", False, True)]  # fmt: skip
     assert evaluate.score("mmbench", lines)["scores"][""][0] == 25.0  # one of the four (question, sample) pairs
-    lines.append({"unit": "7", "part": "2", "malformed": "an image is missing"})  # then the question has no circle
+    assert evaluate.score("mmbench", lines)["scores"]["plain"][0] == 62.5
+    assert evaluate.score("mmbench", lines[:-1])["scored"] == 1  # a question that was not asked in every rotation has no circle
+    lines.append({"unit": "7", "part": "2", "malformed": "an image is missing"})
     found = evaluate.score("mmbench", lines)
     assert (found["scores"][""][0], found["scored"], found["malformed"]) == (0.0, 1, 1)
+
+
+def test_one_item_has_no_interval_and_what_is_not_all_asked_is_called_partial():
+    found = evaluate.score("mmstar", [{"benchmark": "mmstar", "asked": 3}, answered("mmstar", "1", "", True)])
+    assert found["scores"][""] == [100.0, None] and json.loads(json.dumps(found, allow_nan=False)) == found
+    text = evaluate.table("model", {"mmstar": found})
+    assert "| 100.00 |" in text and "PARTIAL, 1 of 3 items asked: 1 scored" in text
 
 
 def test_we_math_counts_problems_and_leaves_out_incomplete_ones():
@@ -156,19 +164,13 @@ def test_a_ninth_benchmark_is_one_row(data, tmp_path, monkeypatch, base):
     assert row.count("|") == 9 + 3 and "0.00 ± 0.00" in row and "[9] Ninth: no official scoring. Here: 3 scored" in text
 
 
-ALL = [
-    "evaluate.py",
-    "--benchmarks",
-    ",".join(BENCHMARKS),
-    "--samples",
-    "2",
-    "--batch-size",
-    "4",
-    "--max-new-tokens",
-    "12",
-    "--temperature",
-    "1.5",
-]
+LUCKY = """
+import zlib, runpy, verifier
+verifier.is_correct = lambda response, gold, choices=None: zlib.crc32((response + gold).encode()) % 3 == 0
+runpy.run_path("evaluate.py", run_name="__main__")
+"""  # the tiny base knows none of the answers: this verifier calls a third of them right
+ALL = ["-c", LUCKY, "--benchmarks", ",".join(BENCHMARKS), "--samples", "2", "--batch-size", "4", "--max-new-tokens", "12",
+       "--temperature", "1.5"]  # fmt: skip
 
 
 def test_all_eight_killed_and_resumed_give_the_same_table(command, data, tmp_path):
@@ -182,13 +184,14 @@ def test_all_eight_killed_and_resumed_give_the_same_table(command, data, tmp_pat
     command(*words, "--out", killed)
     assert (killed / "table.md").read_text() == (whole / "table.md").read_text()
     mine, theirs = (sorted(map(json.dumps, read_jsonl(out / "predictions.jsonl")[1:])) for out in (killed, whole))
-    assert set(mine) == set(theirs) and before < len(theirs) == 4 + 3 + 3 + 2 + 5 + 8 + 3 + 3
+    assert set(mine) == set(theirs) and before < len(theirs) == 8 + 4 + 3 + 3 + 2 + 5 + 8 + 3 + 3
     text = (whole / "table.md").read_text()
-    assert text in done.stdout or text.strip() in done.stdout
+    assert text.strip() in done.stdout
+    assert len({one["scores"][""][0] for one in json.loads((whole / "scores.json").read_text())["benchmarks"].values()}) > 2
     ours, paper = (
         next(line for line in text.splitlines() if line.startswith(start)) for start in ("| cards |", "| paper: AutoNPO |")
     )
-    assert ours.count("±") == 8 and ours.split("|")[-2].strip() and paper.split("|")[-2].strip() == "63.15"
+    assert ours.count("±") == 7 and ours.split("|")[-2].strip() and paper.split("|")[-2].strip() == "63.15"
     assert text.splitlines()[0].startswith(
         "| model | MMMU-Pro [1] | MathVista [2] | MathVision [3] | ZeroBench [4] | WeMath [5] | MMBench [6]"
     )
@@ -197,7 +200,7 @@ def test_all_eight_killed_and_resumed_give_the_same_table(command, data, tmp_pat
     scores = json.loads((whole / "scores.json").read_text())
     assert scores["samples"] == 2 and scores["benchmarks"]["mmbench"]["scored"] == 2
 
-    again = command("evaluate.py", "--predictions", whole / "predictions.jsonl", "--out", tmp_path / "again")  # without a model
+    again = command("-c", LUCKY, "--predictions", whole / "predictions.jsonl", "--out", tmp_path / "again")  # without a model
     assert text.strip() in again.stdout
     refused = command(*words, "--out", whole, "--samples", "3", check=False)
     assert refused.returncode == 1 and "holds predictions of another run (samples 2 there and 3 here)" in refused.stderr
@@ -208,7 +211,7 @@ def test_the_cards_world_by_cards_and_carries(tmp_path, monkeypatch, capsys):
     evaluate.main(EvaluateConfig(limit=40, samples=1, out=str(tmp_path), max_new_tokens=3, device="cpu"))
     hands = cards.hands("held_out")[:40]
     text = (tmp_path / "table.md").read_text()
-    assert f"cards: {100 * sum(h.total % 2 == 0 for h in hands) / 40:.1f} % of 40 hands" in text
+    assert f"cards: {100 * sum(h.total % 2 == 0 for h in hands) / 40:.1f} ± " in text and " % of 40 hands" in text
     for fact, of in (("cards", lambda h: len(h.digits)), ("carries", lambda h: h.carries)):
         counts = {n: [h.total % 2 == 0 for h in hands if of(h) == n] for n in sorted({of(h) for h in hands})}
         assert f"| {fact} | " + " | ".join(map(str, counts)) + " |" in text
@@ -223,6 +226,7 @@ def test_the_cards_world_by_cards_and_carries(tmp_path, monkeypatch, capsys):
     [
         ({"benchmarks": "mmstar,mmmu"}, "no benchmark is called 'mmmu'; known are cards, mmmu_pro"),
         ({"samples": 0}, "--samples 0"),
+        ({"benchmarks": ","}, "--benchmarks ,: names none"),
         ({"limit": -1}, "--limit -1"),
         ({"temperature": 0.0}, "--temperature 0.0"),
     ],
@@ -236,7 +240,10 @@ def test_what_cannot_be_had_is_one_line_that_names_the_benchmark(command, tmp_pa
     words = ["evaluate.py", "--benchmarks", "mathverse", "--out", tmp_path / "out"]
     done = command(*words, check=False)  # no hub is reachable in tests
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
-    assert "error: --benchmarks mathverse: MathVerse cannot be had from the hub as CaraJ/MathVerse-lmmseval" in done.stderr
+    assert (
+        "error: --benchmarks mathverse: MathVerse, split testmini, cannot be had from the hub, CaraJ/MathVerse-lmmseval"
+        in done.stderr
+    )
     with pytest.raises(UsageError, match="--predictions .*nothing.jsonl: no such file"):
         evaluate.main(EvaluateConfig(predictions=str(tmp_path / "nothing.jsonl"), out=str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists() and ROOT
+    assert not (tmp_path / "out").exists()
