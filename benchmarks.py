@@ -60,10 +60,15 @@ def literal(text: str) -> list[str]:
 
 def columns(*names: str) -> Callable[[dict], list]:
     """What stands in these columns of a row, up to the first that is empty."""
-    empty = (None, "", "nan")
-    return lambda row: list(
-        itertools.takewhile(lambda value: value not in empty and value == value, (row.get(n) for n in names))
-    )
+
+    def empty(value) -> bool:
+        return (
+            value is None
+            or (isinstance(value, float) and math.isnan(value))
+            or (isinstance(value, str) and value in ("", "nan"))
+        )
+
+    return lambda row: list(itertools.takewhile(lambda value: not empty(value), (row.get(name) for name in names)))
 
 
 def compose(text: str, images: list[Image.Image | None], placed: bool) -> tuple[list[dict], list[Image.Image]]:
@@ -94,6 +99,7 @@ def compose(text: str, images: list[Image.Image | None], placed: bool) -> tuple[
 FRACTION = re.compile(r"(-?)(?:\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}|(\d+)\s*/\s*(\d+))(.*)", re.DOTALL)
 NUMBER = re.compile(r"([-+]?(?:\d[\d,]*\.?\d*|\.\d+))(?:\s*\\times\s*10\s*\^\s*\{?(-?\d+)\}?)?(.*)", re.DOTALL)
 UNIT = re.compile(r"\s*((?:[A-Za-z°%$µ][A-Za-z°%/ .]*)?)\s*(?:\^?\{?\d\}?|[²³])?\s*")  # words, and an exponent
+TRAILING = re.compile(r"(?:\s+[mg]|\s*(?:[ck]m|mm|metres|(?:square |cubic )?units?|°\s*T?))\s*(?:\^\s*\{?\d\}?)?\s*$")  # units
 NAMED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 
 
@@ -110,13 +116,19 @@ def tidy(answer: str) -> str:
 
 def number(text: str) -> tuple[float, str] | None:
     """A number, also as a fraction or a power of ten, and its unit in words; None where something else stands."""
-    if found := FRACTION.fullmatch(text):
-        sign, *parts, rest = found.groups()
-        over, under = [int(part) for part in parts if part is not None]
-        value = (-1 if sign else 1) * over / under if under else math.nan
-    elif found := NUMBER.fullmatch(text):
-        value, rest = float(found[1].replace(",", "")) * 10.0 ** int(found[2] or 0), found[3]
-    unit = UNIT.fullmatch(rest) if found else None
+    found, rest, value = FRACTION.fullmatch(text) or NUMBER.fullmatch(text), "", math.nan
+    if found is None:
+        return None
+    try:
+        if found.re is FRACTION:
+            sign, *parts, rest = found.groups()
+            over, under = [int(part) for part in parts if part is not None]
+            value = (-1 if sign else 1) * over / under
+        else:
+            value, rest = float(found[1].replace(",", "")) * 10.0 ** int(found[2] or 0), found[3]
+    except (OverflowError, ZeroDivisionError, ValueError):  # 1/0, 10^{99999}, a number of thousands of digits
+        return None
+    unit = UNIT.fullmatch(rest)
     return (value, unit[1].strip(" .")) if unit and math.isfinite(value) else None
 
 
@@ -155,10 +167,7 @@ def by_value(line: dict, response: str) -> bool:
     gold, answer = tidy(line["gold"]), tidy(answer)
     if "=" in gold and "=" not in answer:
         gold = gold.split("=")[-1]
-    gold, answer = (
-        re.sub(r"\s*(?:[ck]?m|mm|g|metres|(?:square |cubic )?units?|°\s*T?)\s*(?:\^\s*\{?\d\}?)?\s*$", "", text)
-        for text in (gold, answer)
-    )
+    gold, answer = (TRAILING.sub("", text) for text in (gold, answer))
     return bool(gold.strip() and answer.strip()) and verifier.equal(gold.strip(), answer.strip())[0]
 
 

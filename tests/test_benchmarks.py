@@ -104,6 +104,9 @@ GOLDEN = {  # (what differs from the row above, an answer, whether it is right; 
         (INTEGER, r"\boxed{14 \text{ m}^2}", True),
         (INTEGER, r"\boxed{\approx 14}", True),
         (INTEGER, r"\boxed{1" + "0" * 400 + "}", False),  # beyond a float
+        (INTEGER, r"\boxed{14 \times 10^{99999}}", False),
+        (INTEGER, r"\boxed{14/0}", False),
+        (INTEGER, r"\boxed{\frac{" + "1" * 5000 + "}{2}}", False),
         (INTEGER | {"answer": "1400"}, r"\boxed{1{,}400}", True),
         (INTEGER | {"answer": "500"}, r"\boxed{5 \times 10^{2}}", True),
         ({"precision": 2.0, "answer": "0.67"}, r"\boxed{2/3}", True),
@@ -229,6 +232,7 @@ GOLDEN = {  # (what differs from the row above, an answer, whether it is right; 
         (FREE | {"answer": r"Area $=9.4 \mathrm{~cm}^{2}$"}, r"\boxed{9.4 \text{ cm}^2}", True),
         (FREE | {"answer": r"217 ^\circ T"}, r"\boxed{217°}", True),
         (FREE | {"answer": "35掳"}, r"\boxed{35}", True),
+        (FREE | {"answer": "4.4 m"}, r"\boxed{4.4}", True),
         ({"query_cot": "Choice:\nA: 3\nB: 4"}, r"\boxed{4}", True),
         ({"answer": "C\nD"}, "gold 'C\\nD' names none of its 4 options", None),
         ({"query_cot": "Question: How wide is angle D?"}, "its options cannot be read", None),
