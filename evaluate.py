@@ -18,7 +18,9 @@ papers': the footnotes say why.
 import contextlib
 import json
 import math
+import os
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -249,12 +251,16 @@ def score(name: str, lines: list[dict]) -> dict:
             reasons[line["malformed"]] = reasons.get(line["malformed"], 0) + 1
     for line in asked:
         units.setdefault(line["unit"], []).append(line)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # what takes time is math-verify, a process for each thread
+        rights = pool.map(lambda line: [benchmark.right(line, response) for response in line["responses"]], asked)
+        rights = list(tqdm(rights, f"scoring {name}", len(asked), delay=3, unit="item"))
+    verdicts_of = {line["id"]: right for line, right in zip(asked, rights)}
     means = {}  # score -> a value for each unit, mean over the K answers
     for unit, parts in units.items():
         if unit in malformed or len(parts) < benchmark.parts(unit, parts[0]["choices"]):
             malformed.add(unit)
             continue
-        verdicts = {line["part"]: [benchmark.right(line, response) for response in line["responses"]] for line in parts}
+        verdicts = {line["part"]: verdicts_of[line["id"]] for line in parts}
         samples = [benchmark.score(dict(zip(verdicts, answers))) for answers in zip(*verdicts.values())]
         for key in samples[0]:
             means.setdefault(key, []).append(statistics.fmean(sample[key] for sample in samples))
@@ -361,7 +367,7 @@ def main(config: EvaluateConfig) -> None:
         cards_found, shown = cards_table(cards_lines, out)
         text.append(shown)
     if by_name:
-        found = {name: score(name, some) for name, some in tqdm(by_name.items(), desc="scoring", delay=3)}
+        found = {name: score(name, some) for name, some in by_name.items()}
         text.append(table(header["model"], found))
     found |= {"cards": cards_found} if cards_lines else {}
     (out / "scores.json").write_text(json.dumps({"predictions": str(path), **header, "benchmarks": found}, indent=2) + "\n")

@@ -15,11 +15,11 @@ in a worker process, which is killed and replaced when an answer takes too long;
 import atexit
 import contextlib
 import json
+import queue
 import re
 import select
 import subprocess
 import sys
-import threading
 from decimal import Decimal
 
 ACCURACY_WEIGHT, FORMAT_WEIGHT = 0.9, 0.1  # the authors' settings
@@ -140,7 +140,7 @@ def equal(gold: str, answer: str) -> tuple[bool, str]:
         return False, "an equation that defines nothing"
     if max(len(gold), len(answer)) > MAX_MATH_CHARS:
         return False, f"over {MAX_MATH_CHARS} characters, and not equal as text"
-    verdict = MATH_VERIFY.ask(gold, answer)
+    verdict = ask_math_verify(gold, answer)
     return bool(verdict), "too much for math-verify" if verdict is None else "compared by math-verify"
 
 
@@ -148,24 +148,23 @@ class MathVerifyWorker:
     """math-verify in a process of its own: one JSON line in, one line out; killed and replaced when an answer hangs it."""
 
     def __init__(self):
-        self.process, self.lock, self.asked = None, threading.Lock(), 0
+        self.process, self.asked = None, 0
 
-    def ask(self, gold: str, answer: str, timeout: float | None = None) -> bool | None:
+    def ask(self, gold: str, answer: str, timeout: float) -> bool | None:
         """Whether math-verify finds the two equal; None if it crashed on them or needed longer than `timeout` seconds."""
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self._start()
-            self.asked += 1
-            try:
-                self.process.stdin.write(json.dumps([self.asked, gold, answer]).encode() + b"\n")
-                self.process.stdin.flush()
-                reply = self._reply(timeout or TIMEOUT)
-            except BrokenPipeError:
-                reply = b""
-            if not reply.startswith(b"%d " % self.asked):
-                self._kill()
-                return None
-            return reply.endswith(b" 1\n")
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        self.asked += 1
+        try:
+            self.process.stdin.write(json.dumps([self.asked, gold, answer]).encode() + b"\n")
+            self.process.stdin.flush()
+            reply = self._reply(timeout)
+        except BrokenPipeError:
+            reply = b""
+        if not reply.startswith(b"%d " % self.asked):
+            self._kill()
+            return None
+        return reply.endswith(b" 1\n")
 
     def _start(self):
         # a session of its own: Ctrl-C in the terminal is not for the worker
@@ -192,7 +191,19 @@ class MathVerifyWorker:
         self.process = None
 
 
-MATH_VERIFY = MathVerifyWorker()
+IDLE_WORKERS = queue.LifoQueue()  # last in, first out: a single thread only ever uses one
+
+
+def ask_math_verify(gold: str, answer: str) -> bool | None:
+    """`MathVerifyWorker.ask`, by a worker that is free: as many work at once as there are threads that ask."""
+    try:
+        idle = IDLE_WORKERS.get_nowait()
+    except queue.Empty:
+        idle = MathVerifyWorker()
+    try:
+        return idle.ask(gold, answer, TIMEOUT)
+    finally:
+        IDLE_WORKERS.put(idle)
 
 
 def worker() -> None:

@@ -28,9 +28,13 @@ def line(name: str, number: int, rng: random.Random) -> dict:
         (f"({a}, {b})", f"({a},{rng.choice([a, b])})", None), ("yellow", rng.choice(["Yellow", "red"]), None),
         (f"x^2+{a}x", f"x(x+{rng.choice([a, b])})", None),
     ])  # fmt: skip
+    facts = {"answer_type": "float" if number % 2 else "text", "precision": 2, "unit": None}  # of MathVista
+    unit, part = str(number), "0"
+    if name == "wemath":
+        unit, part = f"2steps-{number // 3}", ("1", "2", "multi")[number % 3]
+    if name == "mmbench":
+        (gold, said, choices), unit, part = ("B", rng.choice("ABCD"), OPTIONS), str(number // 4), str(number % 4)
     answer = rng.choice([rf"\boxed{{{said}}}"] * 9 + [said])
-    facts = {"answer_type": "text", "precision": None, "unit": None}
-    unit, part = (f"2steps-{number // 3}", ("1", "2", "multi")[number % 3]) if name == "wemath" else (str(number), "0")
     return {"benchmark": name, "id": f"{name}:{number}", "unit": unit, "part": part, "gold": gold, "choices": choices, "facts": facts,
             "responses": ["Look at the picture first. " * 40 + answer], "finished": [True]}  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The paper's comparison at the scale of the cards world: where should guidance come from?
 
-    python experiments/compare.py                      # about 70 minutes on two cores; resumes where it was stopped
+    python experiments/compare.py                      # about 80 minutes on two cores; resumes where it was stopped
     python experiments/compare.py rerun 0 luffy late   # runs some of seed 0 again, with what they need, and compares with the committed lines
 
 Five seeds of every method, 200 steps each, one line a run in experiments/compare.jsonl (committed), from which

@@ -180,7 +180,8 @@ def figures(found: dict[str, Result]) -> None:
 def finish(figure, panels, name: str) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    if not figure.legends:
+        panels[0].legend()
     figure.savefig(ASSETS / name, dpi=90)
     pyplot.close(figure)
 
