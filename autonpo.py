@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import report
 import verifier
+from command import command_line, say
 from grpo import update
 from npo import NPOConfig, build_cache, guide_use, load_cache, pass_rate, replace_slot, without_is_correction
 from policy import Group, Policy
@@ -43,11 +44,9 @@ from run import (
     checkpoint_path,
     checkpoint_state,
     checkpoints,
-    command_line,
     derived_seed,
     remove_checkpoint,
     rows_of_step,
-    say,
 )
 from signal_theory import signal
 from tasks import UsageError
@@ -81,6 +80,7 @@ class AutoNPOConfig(NPOConfig):
     plateau_end: int = field(init=False, default=NPOConfig.plateau_end)
     guide: str = field(init=False, default=NPOConfig.guide)
     guided_until: int = field(init=False, default=NPOConfig.guided_until)
+    keep: str = field(init=False, default="all")  # those up to --max-distance back
 
     def __post_init__(self):
         steps = self.steps  # NPOConfig takes 0 for a default
@@ -207,7 +207,7 @@ def probe(run: Run, pool: MistakePool, config: AutoNPOConfig) -> tuple[list[int]
     for first in tqdm(range(0, len(rows), size), desc="probe", leave=False, delay=3):
         prompts = [run.train_prompts[row] for row in rows[first : first + size]]
         seed = derived_seed(config.seed, "probe", run.step, first)
-        groups += run.policy.sample(prompts, config.probe_samples, config.max_new_tokens, config.temperature, seed)
+        groups += run.sampler.sample(prompts, config.probe_samples, config.max_new_tokens, config.temperature, seed)
     verifier.score(groups)
     run.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
     return rows, groups
@@ -256,7 +256,7 @@ def intervene(run: Run, pool: MistakePool, monitor: Monitor, reason: str, config
     line |= decide(run, pool, config)
     if distance := line["autonpo/distance"]:
         rows, path = pool.since(now - distance), cache_path(run.out, now)
-        build_cache(config, checkpoint_path(run.out, now), now - distance + 1, now, path, rows, run.policy)
+        build_cache(config, checkpoint_path(run.out, now), now - distance + 1, now, path, rows, run.sampler)
         _, cache, tokens = load_cache(config, path)
         run.sampled_tokens += tokens
         if cache:

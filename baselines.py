@@ -49,11 +49,12 @@ import torch
 import cards
 import report
 import verifier
+from command import command_line, open_directory
 from grpo import GRPOConfig, behavior_logprobs, clipped_policy_loss, group_advantages, update
 from grpo import train as train_grpo
 from npo import build_cache, cache_line, guide_use, load_cache, without_is_correction
 from policy import Completion, Group, Inputs, Policy
-from run import Run, answer_metrics, checkpoint_path, command_line, derived_seed, open_directory, read_jsonl, rows_of_step
+from run import Run, answer_metrics, checkpoint_path, derived_seed, read_jsonl, rows_of_step
 from tasks import UsageError
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 import verifier
-from tasks import BOXED, Prompt
+from tasks import BOXED, MAX_ASPECT, Prompt
 
 
 class Malformed(Exception):
@@ -30,7 +30,6 @@ class Malformed(Exception):
 
 MENTION = re.compile(r"\s*<image\s*(\d*)>\s*")
 MARKER = r"(?:^|[\s,;；(]){}\s*[.:)．：]\s*"  # before an option, as in "A: 5 cm", "(A) 5 cm", "A. 5 cm"
-MAX_ASPECT = 200  # a longer or narrower picture is refused by Qwen's image processor
 
 
 def lettered(text: str | None) -> list[str]:

@@ -33,8 +33,9 @@ import cards
 import verifier
 import vllm_sampler
 from benchmarks import BENCHMARKS, PAPER, PAPER_ORDER, Malformed, item
+from command import command_line, model_path, say
 from policy import Policy
-from run import command_line, derived_seed, model_path, read_jsonl, say
+from run import derived_seed, read_jsonl
 from tasks import FILE_TYPES, Prompt, UsageError, fingerprint, load_prompts, open_dataset
 
 

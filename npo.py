@@ -37,22 +37,11 @@ from tqdm import tqdm
 
 import report
 import verifier
+from command import command_line, load_config_prompts, model_path, open_directory, say
 from grpo import GRPOConfig, update
 from grpo import train as train_grpo
 from policy import Completion, Group, Policy, load_tokenizer, tokenizer_fingerprint
-from run import (
-    Run,
-    checkpoint_path,
-    checkpoint_state,
-    command_line,
-    derived_seed,
-    load_config_prompts,
-    model_path,
-    open_directory,
-    read_jsonl,
-    rows_of_step,
-    say,
-)
+from run import Run, checkpoint_path, checkpoint_state, derived_seed, read_jsonl, rows_of_step, sampler_of
 from tasks import UsageError
 
 
@@ -72,6 +61,9 @@ class NPOConfig(GRPOConfig):
     is_correction: bool = True  # the guide slot's ratio is pi_theta / pi_guide; False: it starts at 1
 
     def __post_init__(self):
+        if self.intervention.endswith("late"):  # the scout has to save where the replay starts
+            self.save_every = self.save_every or max(n for n in range(1, 21) if self.plateau_start % n == 0)
+        self.keep = self.keep or ("all" if self.model == "cards" else "needed")
         super().__post_init__()
         self.steps = self.steps or (100 if self.intervention == "early" else self.plateau_end)
 
@@ -149,7 +141,7 @@ def guide_use(step: int, mixed: list[Group]) -> dict:
 
 def build_cache(
     config: NPOConfig, guide: str | Path, first_step: int, until: int, path: Path,
-    rows: list[int] | None = None, policy: Policy | None = None, line_of=None,
+    rows: list[int] | None = None, sampler=None, line_of=None,
 ) -> None:  # fmt: skip
     """Lets the guide answer the prompts of steps `first_step` to `until`; resumes where a kill stopped it.
 
@@ -158,7 +150,7 @@ def build_cache(
 
     Args:
         rows: only these rows of the data set.
-        policy: the guide, where it is loaded already.
+        sampler: what samples for the guide, where it is loaded already.
         line_of: (group, guide's step) -> a prompt's line, where it keeps more than `cache_line` does.
     """
     if until < first_step:
@@ -185,13 +177,13 @@ def build_cache(
     lines = lines[: 1 + (len(lines) - 1) // size * size] if lines[:1] == [header] else [header]
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    policy = policy or Policy(guide, config.device, config.dtype)
+    sampler = sampler or sampler_of(Policy(guide, config.device, config.dtype), config, prompt_set)
     name = f"guide@{state['step']} answers {config.guide_samples} times"
     with open(partial, "a") as file, tqdm(total=len(rows), initial=len(lines) - 1, desc=name, unit="prompt") as bar:
         for first in range(len(lines) - 1, len(rows), size):
             seed = derived_seed(config.seed, "guide", first)
             prompts = [prompt_set[row] for row in rows[first : first + size]]
-            groups = policy.sample(prompts, config.guide_samples, config.max_new_tokens, config.temperature, seed)
+            groups = sampler.sample(prompts, config.guide_samples, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
             file.writelines(json.dumps((line_of or cache_line)(group, state["step"])) + "\n" for group in groups)
             file.flush()
@@ -273,7 +265,8 @@ def go_ahead(config: NPOConfig, out: Path) -> None:
         return
     steps = config.scout_steps if config.intervention == "early" else config.plateau_end
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(GRPOConfig)}
-    train_grpo(GRPOConfig(**shared | {"steps": steps, "out": str(out)}), out)
+    keep = f"{config.plateau_start},{steps}" if config.keep == "needed" else config.keep
+    train_grpo(GRPOConfig(**shared | {"steps": steps, "out": str(out), "keep": keep}), out)
 
 
 def main(config: NPOConfig) -> None:

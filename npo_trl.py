@@ -36,9 +36,9 @@ from trl import __version__ as trl_version
 
 import npo
 import verifier
+from command import load_config_prompts, model_path
 from npo import build_cache, load_cache, replace_slot
 from policy import VISION_TOKENS, Completion, Group, load_tokenizer
-from run import load_config_prompts, model_path
 from tasks import PromptSet, UsageError
 
 # What of TRL is private and used here, with the attribute _metrics; nothing else in this project touches it.

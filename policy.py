@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -34,11 +35,14 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from large import checkpoint_layers, train_adapters
 from tasks import Prompt, UsageError
 
 VOCABULARY_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 152k fp32 logits are 0.6 GB
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 VIDEO_CONFIG = "video_preprocessor_config.json"  # not used here, but vLLM loads no Qwen3-VL without it: kept for `save`
+
+SHARD = "5GB"  # of a checkpoint's safetensors
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -56,6 +60,9 @@ class Completion:
     source: str = "policy"  # or "guide@40": the guide's step
     accuracy: float | None = None  # accuracy and reward are the verifier's to fill in
     reward: float | None = None
+    trainer_logprobs: list[float] | None = (
+        None  # where vLLM sampled: the trainer's own before the first update, grpo.py's to fill in
+    )
 
 
 @dataclass
@@ -85,6 +92,27 @@ def load_tokenizer(path: str | Path):
                          "folder") from error  # fmt: skip
 
 
+def image_parts(path: str | Path) -> tuple:
+    """The image processor of a model, and the id of the token that stands for an image; no weights are loaded."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # needs no torchvision
+        return processor, AutoConfig.from_pretrained(whole_model(path)).image_token_id
+    except (OSError, ValueError, AttributeError) as error:
+        raise unloadable(path, error) from error
+
+
+def whole_model(path: str | Path) -> str:
+    """The model that a checkpoint of LoRA adapters belongs to; any other path is itself."""
+    adapter = Path(path) / "adapter_config.json"
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(path)
+
+
+def unloadable(path: str | Path, error: Exception) -> UsageError:
+    reason = str(error).strip().splitlines()[0]
+    return UsageError(f"model {path}: cannot be loaded ({reason}); give a hub id or a save_pretrained folder of an "
+                      "image-text-to-text model with its image processor")  # fmt: skip
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
@@ -111,9 +139,25 @@ def placeholder_ids(prompt: Prompt, tokenizer, image_token_id: int) -> list[int]
     return ids
 
 
+def prompt_length(messages: list[dict], sizes: list[tuple[int, int]], tokenizer, image_processor, image_token_id: int) -> int:
+    """How many token ids `encode` makes of a prompt whose images have these (width, height), without their pixels."""
+    ids = placeholder_ids(Prompt("of the data set", messages, sizes, ""), tokenizer, image_token_id)
+    patches = sum(image_processor.get_number_of_image_patches(height, width) for width, height in sizes)
+    return len(ids) - len(sizes) + patches // image_processor.merge_size**2
+
+
 class Policy:
-    def __init__(self, path: str | Path, device: str = "auto", dtype: str = "auto", train_vision: bool = False):
-        """Loads a hub id or a `save_pretrained` folder. `dtype` "auto" is bf16 on CUDA, fp32 elsewhere."""
+    def __init__(
+        self, path: str | Path, device: str = "auto", dtype: str = "auto", train_vision: bool = False, lora: int = 0,
+        gradient_checkpointing: bool = False,
+    ):  # fmt: skip
+        """Loads a hub id or a `save_pretrained` folder, of a whole model or of a LoRA adapter (then its base, too).
+
+        Args:
+            dtype: of the weights; "auto" is bf16 on CUDA, fp32 elsewhere. LoRA's own are always fp32.
+            lora: rank of the adapters that are trained in place of the weights; 0 for none. A folder's own rank counts before it.
+            gradient_checkpointing: compute layers again in the backward pass instead of keeping what is in them.
+        """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA here; take cpu")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -121,13 +165,11 @@ class Policy:
         dtype = ("bf16" if on_gpu else "fp32") if dtype == "auto" else dtype
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[dtype]  # fp64: for tests
         self.tokenizer = load_tokenizer(path)
+        self.image_processor, self.image_token_id = image_parts(path)
         try:
-            self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # needs no torchvision
             self.model, loaded = AutoModelForImageTextToText.from_pretrained(path, dtype=self.dtype, output_loading_info=True)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"model {path}: cannot be loaded ({reason}); give a hub id or a save_pretrained folder of an "
-                             "image-text-to-text model with its image processor") from error  # fmt: skip
+            raise unloadable(path, error) from error
         config = self.model.config
         if loaded["missing_keys"]:
             raise UsageError(
@@ -136,7 +178,6 @@ class Policy:
         if not hasattr(self.model.base_model, "get_rope_index"):
             raise UsageError(f"model {path}: {type(self.model).__name__} has no multimodal rotary positions; take a Qwen3-VL")
         self.model.to(self.device).eval()  # no dropout: sampler and trainer must be the same function
-        self.image_token_id = config.image_token_id
         self.never_sampled = [getattr(config, name) for name in VISION_TOKENS if getattr(config, name, None) is not None]
         # a model's own sampling settings (Qwen3-VL: top_k 20, top_p 0.8) would bias the ratio: kept for `save`, not used
         video = cached_file(path, VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
@@ -146,6 +187,11 @@ class Policy:
         stop = self.tokenizer.eos_token_id if stop is None else stop
         self.eos_token_ids = stop if isinstance(stop, list) else [stop]
         self.model.base_model.visual.requires_grad_(train_vision)
+        self.base_path = whole_model(path)
+        if lora or self.model._hf_peft_config_loaded:
+            train_adapters(self.model, lora)
+        if gradient_checkpointing:
+            checkpoint_layers(self.model)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -262,16 +308,28 @@ class Policy:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
+    def checkpoint_bytes(self, optimizer: torch.optim.Optimizer | None) -> int:
+        """What `save` takes on disk: adapters, or all weights; and the optimizer's moments, if there are any yet."""
+        kept = self.parameters() if self.model._hf_peft_config_loaded else list(self.model.parameters())
+        if optimizer is not None:
+            kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        return sum(value.numel() * value.element_size() for value in kept)
+
     def save(self, path: Path, state: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
         """A `save_pretrained` folder with `state.json` and `optimizer.pt`, written aside and renamed: all of it or nothing."""
         if not all(parameter.isfinite().all() for parameter in self.parameters()):
             raise FloatingPointError("a weight is not finite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        need, free = self.checkpoint_bytes(optimizer), shutil.disk_usage(path.parent).free
+        if need > free:
+            raise UsageError(f"{path}: the checkpoint takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Free some, then the "
+                             "same command resumes; --keep and --save-optimizers say what is kept")  # fmt: skip
         aside = path.with_name(path.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
             for part in (self.model, self.tokenizer, self.image_processor, self.stock_generation_config):
-                part.save_pretrained(aside)
+                part.save_pretrained(aside, **({"max_shard_size": SHARD} if part is self.model else {}))
             (aside / "state.json").write_text(json.dumps(state))
             if self.video_config:
                 (aside / VIDEO_CONFIG).write_text(self.video_config)

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from run import evaluations, read_jsonl, say, surviving
+from command import say
+from run import evaluations, read_jsonl, surviving
 
 
 def first_reach(evals: list[dict], accuracy: float, key: str = "step") -> float | None:

@@ -8,24 +8,23 @@ so resuming needs no generator state, a rollback replays the same prompts, and t
 newest checkpoint to the same bits. What was written after that checkpoint is dropped and done again.
 """
 
-import dataclasses
-import errno
 import hashlib
 import json
 import random
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import cards
 import verifier
+import vllm_sampler
+from command import load_config_prompts, model_path, open_directory, say
+from large import load_optimizer, make_optimizer
 from policy import Group, Policy
-from tasks import PromptSet, UsageError, load_prompts
+from tasks import PromptSet, UsageError
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step; a resumed run drops those after its checkpoint
 
@@ -73,6 +72,11 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+def steps_in(kept: str) -> set[int]:
+    """Of --keep: "needed" is the newest alone, which is always kept."""
+    return {int(step) for step in kept.split(",")} if kept != "needed" else set()
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """All whole lines; a last line that a kill cut short does not count."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
@@ -92,6 +96,15 @@ def surviving(lines: list[dict]) -> list[dict]:
 def evaluations(out: Path) -> list[dict]:
     """The metrics lines with a held-out accuracy, by step."""
     return [line for line in surviving(read_jsonl(Path(out) / "metrics.jsonl")) if "eval/accuracy" in line]
+
+
+def sampler_of(policy: Policy, config, prompts: PromptSet) -> Policy | vllm_sampler.VLLMSampler:
+    """What samples for a policy: itself, or vLLM, given its weights; either has `sample`."""
+    if config.sampler == "hf":
+        return policy
+    engine = vllm_sampler.engine_of(policy, config)
+    engine.sync(policy, [prompts[row] for row in range(min(2, len(prompts)))], config.temperature)
+    return engine
 
 
 class Run:
@@ -124,13 +137,19 @@ class Run:
 
     def _load(self, source: Path | None) -> None:
         config = self.config
-        self.policy = Policy(source or model_path(config), config.device, config.dtype, config.train_vision)
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        torch.manual_seed(derived_seed(config.seed, "adapters"))  # where LoRA's are new
+        self.policy = Policy(source or model_path(config), config.device, config.dtype, config.train_vision, config.lora,
+                             config.gradient_checkpointing == "on")  # fmt: skip
+        self.optimizer = make_optimizer(self.policy.parameters(), config.lr, config.weight_decay)
         if source and (Path(source) / "optimizer.pt").is_file():
-            state = torch.load(Path(source) / "optimizer.pt", map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(state)
-            for group in self.optimizer.param_groups:
-                group["lr"], group["weight_decay"] = config.lr, config.weight_decay
+            load_optimizer(self.optimizer, Path(source) / "optimizer.pt")
+        elif source:
+            say(f"{source}: holds no optimizer (--save-optimizers all would keep it); AdamW's moments start anew")
+        self.sync()
+
+    def sync(self) -> None:
+        """What samples gets the policy's weights: the policy itself has them, vLLM does not."""
+        self.sampler = sampler_of(self.policy, self.config, self.train_prompts)
 
     def __enter__(self) -> "Run":
         sequences = self.config.prompts_per_step * self.config.group_size
@@ -172,7 +191,8 @@ class Run:
         prompts = [self.train_prompts[row] for row in rows]
         seed = derived_seed(self.config.seed, "sample", step)
         size, config = group_size or self.config.group_size, self.config
-        groups = self.policy.sample(prompts, size, config.max_new_tokens, config.temperature, seed)
+        torch.manual_seed(seed)  # also of the optimizer's rounding in bf16
+        groups = self.sampler.sample(prompts, size, config.max_new_tokens, config.temperature, seed)
         self.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
         self.clock.append(time.perf_counter())
         return groups
@@ -184,7 +204,7 @@ class Run:
         for first in tqdm(range(0, len(self.held_out), size), desc="evaluate", leave=False, delay=3):
             prompts = [self.held_out[i] for i in range(first, min(first + size, len(self.held_out)))]
             seed = derived_seed(config.seed, "evaluate", step, first)
-            groups = self.policy.sample(prompts, config.eval_samples, config.max_new_tokens, config.temperature, seed)
+            groups = self.sampler.sample(prompts, config.eval_samples, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
             right += sum(completion.accuracy for group in groups for completion in group.completions)
         return right / (len(self.held_out) * config.eval_samples)
@@ -200,6 +220,14 @@ class Run:
             "sampled_tokens": self.sampled_tokens,
             "step_time": generate + train, "time/generate": generate, "time/train": train,
         }  # fmt: skip
+        if self.config.sampler == "vllm":
+            self.sync()
+            sync = time.perf_counter() - self.clock[2]
+            metrics |= {
+                "step_time": generate + train + sync,
+                "time/sync": sync,
+                "sampling/probe_difference": self.sampler.difference,
+            }
         last = step == self.config.steps
         if last or step % self.config.eval_every == 0:
             metrics["eval/accuracy"] = self.evaluate(step)
@@ -211,7 +239,14 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        self.policy.save(checkpoint_path(self.out, self.step), self._state(), self.optimizer)
+        """A checkpoint; what --keep and --save-optimizers do not name of the older ones goes."""
+        newest, kept = checkpoint_path(self.out, self.step), self.config.keep
+        self.policy.save(newest, self._state(), self.optimizer)
+        for path in checkpoints(self.out):
+            if path != newest and self.config.save_optimizers == "last":
+                (path / "optimizer.pt").unlink(missing_ok=True)
+            if path != newest and kept != "all" and int(path.name.removeprefix("step_")) not in steps_in(kept):
+                remove_checkpoint(path)
 
     def _state(self) -> dict:
         state = {"step": self.step, "sampled_tokens": self.sampled_tokens}
@@ -256,91 +291,8 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Opening a directory, choosing the defaults, ending in one clear line
+# What is logged of a step
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-ONLY_FOR_THE_MACHINE = ("fresh", "out", "device", "micro_batch_size")  # a run may go on with other ones
-
-
-def open_directory(config, out: Path) -> None:
-    """Makes the directory, or checks that it holds a run of the same configuration (`steps` may have grown)."""
-    mine, theirs = json.loads(json.dumps(dataclasses.asdict(config))), stored_config(out)
-    try:
-        if theirs is None and out.exists() and any(path.name != "config.json.tmp" for path in out.iterdir()):
-            raise UsageError(f"--out {out}: holds files but no run; choose another directory")
-        out.mkdir(parents=True, exist_ok=True)
-    except (NotADirectoryError, FileExistsError) as error:
-        raise UsageError(f"--out {out}: a file stands where the directory should; choose another one") from error
-    begun = any(
-        (out / name).exists() for name in ("metrics.jsonl", "checkpoints", "scout", "guide.jsonl", "guide.jsonl.partial")
-    )
-    if theirs is not None and begun:
-        differ = [k for k in mine if k not in ONLY_FOR_THE_MACHINE and theirs.get(k, mine[k]) != mine[k]]
-        if "steps" in differ and theirs["steps"] < mine["steps"]:
-            differ.remove("steps")
-        if differ or theirs.keys() != mine.keys():
-            there = ", ".join(f"{k} {theirs[k]} there and {mine[k]} here" for k in differ) or "another method"
-            raise UsageError(f"--out {out}: holds a run with another configuration ({there}); choose another --out, or "
-                             "start over with --fresh")  # fmt: skip
-    aside = out / "config.json.tmp"
-    aside.write_text(json.dumps(mine, indent=2) + "\n")
-    aside.rename(out / "config.json")
-
-
-def stored_config(out: Path) -> dict | None:
-    """The configuration of the run in a directory; None where there is none (a model's config.json is not one)."""
-    path = Path(out) / "config.json"
-    try:
-        stored = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UsageError(f"{path}: is no JSON ({error}); mend it, or choose another --out") from error
-    return stored if "prompts_per_step" in stored else None
-
-
-def start_over(config) -> None:
-    """--fresh: the run in --out becomes --out.old, in place of one that stands there."""
-    out = Path(config.out).resolve()
-    if stored_config(out) is None:
-        return
-    for flag in ("model", "dataset", "guide"):
-        path = Path(getattr(config, flag, "") or ".").resolve()
-        if out == path or out in path.parents:
-            raise UsageError(f"--fresh: --{flag} {getattr(config, flag)} lies in the run that would be moved away, --out {out}")
-    old = out.with_name(out.name + ".old")
-    if stored_config(old) is not None:
-        shutil.rmtree(old)
-    out.rename(old)
-
-
-def model_path(config) -> str:
-    return str(cards.BASE) if config.model == "cards" else config.model
-
-
-def load_config_prompts(config) -> tuple[PromptSet, PromptSet]:
-    return load_prompts(config.dataset, config.columns, config.train_split, config.eval_split, config.eval_prompts)
-
-
-def command_line(config_class, entry) -> None:
-    """Reads the flags, runs `entry(config)`; what the user can mend ends in one line and a non-zero exit."""
-    import tyro
-
-    config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
-    try:
-        config.check()
-        if getattr(config, "fresh", False):
-            start_over(config)
-        entry(config)
-    except (UsageError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on")
-        raise SystemExit(130) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SystemExit(f"error: no space left on the disk of --out {config.out}; nothing finished is lost: free some, "
-                         "then the same command resumes") from None  # fmt: skip
 
 
 def answer_metrics(groups: list[Group]) -> dict:
@@ -355,10 +307,6 @@ def answer_metrics(groups: list[Group]) -> dict:
         "completions/mean_length": statistics.fmean(lengths),
         "completions/clipped_ratio": statistics.fmean(not c.finished for c in completions),
     }
-
-
-def say(text: str) -> None:
-    tqdm.write(text)
 
 
 def step_line(metrics: dict, config) -> str:

@@ -1,14 +1,17 @@
 """Sampling with vLLM: the interface of `policy.Policy.sample`, many times as fast on a GPU.  The one file that knows vLLM.
 
-Three traps of sampling a Qwen3-VL with it are closed here:
+Four traps of sampling a Qwen3-VL with it are closed here:
 - prompts go in with one `<|image_pad|>` an image (ids that are expanded already would be expanded twice), and the ids that
   vLLM made of them must be those that `policy.encode` makes;
 - log-probs are the processed ones, of the distribution that is sampled at this temperature, not the raw ones;
-- vision tokens are never sampled, as in `Policy.adjust`.
+- vision tokens are never sampled, as in `Policy.adjust`;
+- weights that stayed behind: `sync` gives vLLM the trainer's after every update, in this process and without a file, empties every
+  cache, and compares the log-probs of both sides on a probe.
 
 requirements-vllm.txt says how to install it, also on a CPU.
 """
 
+import gc
 import importlib.util
 import os
 
@@ -18,13 +21,16 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
-from policy import VISION_TOKENS, Completion, Group, encode, load_tokenizer, placeholder_ids
+from large import merged_weights
+from policy import VISION_TOKENS, Completion, Group, Policy, encode, image_parts, load_tokenizer, placeholder_ids
 from tasks import Prompt, UsageError
 
 MAX_IMAGES = 16  # in one prompt
 MAX_PROMPT = 32_768  # tokens, images included
+PROBE_TOKENS = 16
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a token, largest on the probe; 0.3 is seen in bf16 with images
 
 
 def available() -> bool:
@@ -32,8 +38,14 @@ def available() -> bool:
 
 
 class VLLMSampler:
-    def __init__(self, path: str, max_new_tokens: int, dtype: str = "auto"):
-        """Loads a hub id or a checkpoint folder. `dtype` "auto" is bf16 on CUDA, fp32 elsewhere."""
+    def __init__(self, path: str, max_new_tokens: int, dtype: str = "auto", max_prompt: int = MAX_PROMPT, memory: float = 0.9):
+        """Loads a hub id or a checkpoint folder.
+
+        Args:
+            dtype: "auto" is bf16 on CUDA, fp32 elsewhere.
+            max_prompt: tokens in the longest prompt, images included.
+            memory: share of the card for its weights and cache.
+        """
         if not available():
             raise UsageError(
                 "--sampler vllm: vllm is not installed; pip install -r requirements-vllm.txt, or take --sampler hf"
@@ -41,9 +53,8 @@ class VLLMSampler:
         from vllm import LLM
 
         self.tokenizer = load_tokenizer(path)
-        self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        self.image_processor, self.image_token_id = image_parts(path)
         config = AutoConfig.from_pretrained(path)
-        self.image_token_id = config.image_token_id
         never = {getattr(config, name) for name in VISION_TOKENS if getattr(config, name, None) is not None}
         self.allowed = [id for id in range(config.get_text_config().vocab_size) if id not in never]
         stop = GenerationConfig.from_pretrained(path).eos_token_id
@@ -51,8 +62,9 @@ class VLLMSampler:
         dtype = {"auto": "bfloat16" if torch.cuda.is_available() else "float32", "bf16": "bfloat16", "fp32": "float32"}[dtype]
         self.llm = LLM(
             model=str(path), dtype=dtype, seed=0, logprobs_mode="processed_logprobs", disable_log_stats=True,
-            max_model_len=min(config.get_text_config().max_position_embeddings, MAX_PROMPT + max_new_tokens),
+            max_model_len=min(config.get_text_config().max_position_embeddings, max_prompt + max_new_tokens),
             limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0}, enforce_eager=not torch.cuda.is_available(),
+            gpu_memory_utilization=memory,
         )  # fmt: skip
 
     def sample(self, prompts: list[Prompt], group_size: int, max_new_tokens: int, temperature: float, seed: int) -> list[Group]:
@@ -80,7 +92,51 @@ class VLLMSampler:
         completions = []
         for output in answer.outputs:
             ids = list(output.token_ids)
+            if vision := set(ids) - set(self.allowed):
+                raise RuntimeError(
+                    f"prompt {prompt.id}: vLLM sampled the vision token {min(vision)}, which no training forward can read"
+                )
             logprobs = [tokens[id].logprob for tokens, id in zip(output.logprobs, ids)]
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             completions.append(Completion(prompt.id, ids, logprobs, text, finished=ids[-1] in self.eos_token_ids))
         return Group(prompt, inputs, completions)
+
+    # ------------------------------------------------------------------------------------------------------------ sync
+
+    def sync(self, policy: Policy, probe: list[Prompt], temperature: float) -> None:
+        """Gives vLLM the policy's weights; `difference` is then the largest of the two sides' log-probs on the probe, nats a token.
+
+        Raises:
+            RuntimeError: they differ by more than rounding explains, so that vLLM does not sample from the policy.
+        """
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(policy.model)})
+        self.llm.reset_prefix_cache()
+        self.llm.llm_engine.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        groups = self.sample(probe, 1, PROBE_TOKENS, temperature, seed=0)
+        rows = [(group.inputs, c) for group in groups for c in group.completions]
+        with torch.no_grad():
+            logprobs, mask = policy.logprobs([(inputs, c.token_ids) for inputs, c in rows], temperature)  # (B, T)
+        theirs = torch.tensor([value for _, c in rows for value in c.behavior_logprobs])
+        ours = logprobs[mask].float().cpu()
+        worst = (ours - theirs).abs().argmax()
+        self.difference = (ours - theirs).abs()[worst].item()
+        if not self.difference <= TOLERANCE.get(policy.dtype, TOLERANCE[torch.float32]):
+            raise RuntimeError(f"vLLM does not have the trainer's weights: of a token of the probe its log-prob is {theirs[worst]:.4f}, "
+                               f"the trainer's {ours[worst]:.4f}. The sync failed; take --sampler hf, and report it")  # fmt: skip
+
+
+ENGINE: dict[tuple, VLLMSampler] = {}  # at most one: a second would find the card full
+
+
+def engine_of(policy: Policy, config) -> VLLMSampler:
+    """The process's vLLM, for models with the policy's shapes; made anew only where they differ."""
+    shapes = policy.model.config.to_diff_dict()
+    key = (repr([shapes.get("text_config"), shapes.get("vision_config")]), config.max_prompt_tokens, config.max_new_tokens)
+    if key not in ENGINE:
+        ENGINE.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[policy.dtype]
+        ENGINE[key] = VLLMSampler(policy.base_path, config.max_new_tokens, dtype, config.max_prompt_tokens, config.vllm_memory)
+    return ENGINE[key]

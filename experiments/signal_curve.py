@@ -43,9 +43,10 @@ ROOT, RUNS, RESULTS = HERE.parent, HERE / "runs", HERE / "signal_curve.jsonl"
 sys.path.insert(0, str(ROOT))
 import grpo
 import verifier
+from command import load_config_prompts, model_path
 from npo import NPOConfig, replace_slot
 from policy import Policy
-from run import checkpoint_path, derived_seed, evaluations, load_config_prompts, model_path, read_jsonl, rows_of_step
+from run import checkpoint_path, derived_seed, evaluations, read_jsonl, rows_of_step
 from signal_theory import optimal_distance, quality
 
 SEEDS, STARTS, DISTANCES = range(5), (0, 60, 100), (10, 20, 30, 40, 60, 80, 100, 140, 200, 300)

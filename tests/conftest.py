@@ -45,6 +45,17 @@ def command():
     return run
 
 
+def cards_file(path: Path, count: int) -> None:
+    """Cards as a data set in geometry3k's schema: images, problem, answer."""
+    import datasets
+
+    rows = [{"images": [cards.draw(hand)], "problem": f"<image>{cards.question(hand)}", "answer": str(hand.total)}
+            for hand in cards.hands("train")[:count]]  # fmt: skip
+    kinds = datasets.Features({"images": datasets.List(datasets.Image()), "problem": datasets.Value("string"),
+                               "answer": datasets.Value("string")})  # fmt: skip
+    datasets.Dataset.from_list(rows, features=kinds).to_parquet(path)
+
+
 def group_of(accuracies: list[float], prompt_id: str = "p") -> Group:
     """A group with made-up completions, one token each, whose rewards are 0.1 + 0.9 accuracy."""
     prompt = tasks.Prompt(prompt_id, [], [], "0")

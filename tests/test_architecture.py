@@ -6,22 +6,26 @@ import re
 import pytest
 from conftest import ROOT
 
+PLUMBING = {"verifier", "tasks", "command", "large", "policy", "vllm_sampler", "run", "report"}
 ALLOWED = {
     "verifier": set(),
     "signal_theory": set(),
     "cards": set(),
-    "tasks": {"cards"},
-    "policy": {"tasks"},
-    "run": {"cards", "verifier", "tasks", "policy"},
-    "report": {"run"},
-    "grpo": {"verifier", "tasks", "policy", "run", "report"},
-    "npo": {"verifier", "tasks", "policy", "run", "report", "grpo"},
-    "autonpo": {"verifier", "tasks", "policy", "run", "report", "grpo", "npo", "signal_theory"},
-    "baselines": {"cards", "verifier", "tasks", "policy", "run", "report", "grpo", "npo"},
+    "large": {"tasks"},
+    "tasks": {"cards", "verifier"},
+    "policy": {"tasks", "large"},
+    "memory_plan": {"cards", "tasks", "policy"},
+    "command": {"cards", "tasks", "policy", "memory_plan"},
+    "vllm_sampler": {"tasks", "policy", "large"},
+    "run": {"verifier", "tasks", "command", "large", "policy", "vllm_sampler"},
+    "report": {"command", "run"},
+    "grpo": PLUMBING,
+    "npo": PLUMBING | {"grpo"},
+    "autonpo": PLUMBING | {"grpo", "npo", "signal_theory"},
+    "baselines": PLUMBING | {"cards", "grpo", "npo"},
     "benchmarks": {"verifier", "tasks"},
-    "evaluate": {"cards", "verifier", "tasks", "policy", "run", "benchmarks", "vllm_sampler"},
-    "vllm_sampler": {"policy", "tasks"},
-    "npo_trl": {"verifier", "tasks", "policy", "run", "npo"},
+    "evaluate": PLUMBING | {"cards", "benchmarks"},
+    "npo_trl": PLUMBING | {"npo"},
 }
 
 

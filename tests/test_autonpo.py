@@ -197,7 +197,8 @@ class HandmadeRun:
     step, sampled_tokens = 6, 100
 
     def __init__(self, out: Path, policy: Policy, prompts):
-        self.out, self.policy, self.train_prompts, self.logged, self.rolled_back = out, policy, prompts, [], []
+        self.out, self.policy, self.sampler = out, policy, policy
+        self.train_prompts, self.logged, self.rolled_back = prompts, [], []
         for step in (2, 4, 6):
             with torch.no_grad():
                 for parameter in policy.parameters():

@@ -17,8 +17,9 @@ import baselines
 import cards
 import grpo
 from baselines import ExGRPOConfig, LUFFYConfig, Pool, RLEPConfig, bucket_weight, centered_advantages, take_slots
+from command import load_config_prompts
 from policy import Policy
-from run import load_config_prompts, read_jsonl, rows_of_step
+from run import read_jsonl, rows_of_step
 from tasks import UsageError
 
 TINY = dict(prompts_per_step=4, group_size=4, eval_prompts=4, eval_samples=1, eval_every=2, save_every=2, max_new_tokens=40,

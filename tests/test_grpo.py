@@ -1,6 +1,7 @@
 """The objective, number by number: advantages, the clip's four quadrants, normalisers, gradients, masks."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from conftest import group_of
 
 import cards
+import grpo
 import verifier
 from grpo import GRPOConfig, clipped_policy_loss, group_advantages, update
-from policy import Policy
+from policy import Completion, Policy
 from tasks import UsageError
 
 
@@ -173,6 +175,62 @@ def test_update_equals_the_objective_in_one_piece(fresh, groups):
     fresh.model.zero_grad()
     assert (got - expected).norm() / expected.norm() < 1e-4
     assert stats["loss"] == pytest.approx(total.item(), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What vLLM samples is not quite what the trainer would have sampled
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_multiply_each_tokens_term():
+    logprobs, old, advantages, lengths, mask = random_batch()
+    weights = 2 * torch.rand(logprobs.shape, generator=torch.Generator().manual_seed(5))
+    got, _ = clipped_policy_loss(logprobs, old, advantages, mask, 0.15, 0.3, 11, weights)
+    expected = 0.0
+    for row, length in enumerate(lengths):
+        for t in range(length):
+            ratio, gain = math.exp(logprobs[row, t] - old[row, t]), advantages[row].item()
+            expected -= weights[row, t].item() * min(ratio * gain, min(max(ratio, 0.85), 1.3) * gain) / length / 11
+    assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_trainers_log_probs_stand_in_for_vllms():
+    """A slot of the policy: the trainer's own of the first update, and the ratio to what was recorded. A guide's: what it recorded."""
+    own = Completion("p", [7, 8, 9], [-1.0, -2.0, -0.5], "", True)
+    guide = Completion("p", [7, 8], [-3.0, -0.25], "", True, source="guide@40")
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    now = torch.tensor([[-0.2, -2.5, -0.5], [-6.0, -6.0, 0.0]], requires_grad=True)
+    recorded = grpo.behavior_logprobs([own, guide], now, mask)
+    old, mismatch = grpo.trainer_logprobs([own, guide], now, recorded, mask)
+    assert old.tolist() == [pytest.approx([-0.2, -2.5, -0.5]), [-3.0, -0.25, 0.0]] and not old.requires_grad
+    assert mismatch.tolist() == [pytest.approx([math.exp(0.8), math.exp(-0.5), 1.0]), [1.0, 1.0, 1.0]]
+    later = now.detach() - 0.125  # after an update, old is what it was
+    assert torch.equal(grpo.trainer_logprobs([own, guide], later, recorded, mask)[0], old)
+
+
+def test_update_truncates_the_mismatch_and_logs_it(groups):
+    """vLLM recorded e^1 less than the trainer finds on one token, e^-0.5 more on all others of that slot; the guide's slot is as with hf."""
+    policies, exact, recorded = [Policy(cards.BASE, "cpu", "fp64") for _ in range(2)], [], []
+    for group in groups:
+        with torch.no_grad():
+            logprobs, mask = policies[0].logprobs([(group.inputs, c.token_ids) for c in group.completions], 1.0)
+        own = [values[real].tolist() for values, real in zip(logprobs, mask)]
+        slots = [dataclasses.replace(c, behavior_logprobs=values) for c, values in zip(group.completions, own)]
+        slots[-1] = dataclasses.replace(slots[-1], source="guide@9", behavior_logprobs=[lp - 0.75 for lp in own[-1]])
+        first = dataclasses.replace(slots[0], behavior_logprobs=[own[0][0] - 1, *(lp + 0.5 for lp in own[0][1:])])
+        exact.append(dataclasses.replace(group, completions=slots))
+        recorded.append(dataclasses.replace(group, completions=[first, *slots[1:]]))
+    hf, vllm = (update(policy, torch.optim.SGD(policy.parameters(), 0.0), some, GRPOConfig(sampler=sampler))
+                for policy, some, sampler in zip(policies, (exact, recorded), ("hf", "vllm")))  # fmt: skip
+    assert hf["npo/guide_ratio_mean"] == pytest.approx(math.exp(0.75)) == vllm["npo/guide_ratio_mean"]
+    assert vllm["sampling/sampling_logp_difference/max"] == pytest.approx(1.0)
+    assert vllm["sampling/importance_sampling_ratio/max"] == grpo.IS_CAP == 2.0  # e^1, truncated
+    assert vllm["sampling/importance_sampling_ratio/min"] == pytest.approx(math.exp(-0.5))
+    shift, advantages = 0.0, group_advantages(torch.tensor([[c.reward for c in group.completions] for group in groups]))
+    for group, advantage in zip(groups, advantages[:, 0].tolist()):  # the slot's ratio is 1: a term is its weight times A
+        length = len(group.completions[0].token_ids)
+        shift += advantage * ((2 + (length - 1) * math.exp(-0.5)) / length - 1)
+    assert vllm["loss"] - hf["loss"] == pytest.approx(-shift / (len(groups) * 5), rel=1e-6)
 
 
 def test_several_updates_per_batch_move_the_ratio(fresh, groups):

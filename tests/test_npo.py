@@ -326,7 +326,10 @@ def test_late_rolls_back_weights_and_optimizer(tmp_path, monkeypatch, interventi
         ({"guide_samples": 0}, "--guide-samples 0"),
         ({"scout_steps": 0}, "--scout-steps 0"),
         ({"guided_until": -5}, "--guided-until -5"),
-        ({"intervention": "late", "plateau_start": 30}, "--plateau-start 30: must be a multiple of --save-every 20"),
+        (
+            {"intervention": "late", "plateau_start": 30, "save_every": 20},
+            "--plateau-start 30: must be a multiple of --save-every 20",
+        ),
         ({"intervention": "late", "plateau_start": 320}, "--plateau-start 320"),
         ({"group_size": 1}, "--group-size 1"),
     ],

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import cards
 import policy as policy_module
-from policy import Inputs, Policy
+from policy import Inputs, Policy, encode, prompt_length
 from tasks import Prompt, UsageError
 
 TEMPERATURE = 0.7
@@ -265,3 +266,11 @@ def test_damaged_weights_and_missing_devices(tmp_path):
 def test_inputs_without_images(base):
     inputs = base.encode(MIXED[3])
     assert isinstance(inputs, Inputs) and inputs.pixel_values is None and base.image_token_id not in inputs.token_ids
+
+
+@pytest.mark.parametrize("sizes", [[], [(40, 36)], [(1, 1)], [(31, 33), (1000, 7)], [(3000, 2100)], [(199, 1)]])
+def test_prompt_length_needs_no_pixels(base, sizes):
+    content = [{"type": "image"}] * len(sizes) + [{"type": "text", "text": "Start at 3"}]
+    prompt = Prompt("p", [{"role": "user", "content": content}], [Image.new("RGB", size) for size in sizes], "1")
+    parts = base.tokenizer, base.image_processor, base.image_token_id
+    assert prompt_length(prompt.messages, sizes, *parts) == len(encode(prompt, *parts).token_ids)

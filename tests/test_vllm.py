@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="pip install -r requirements-vllm.txt")
 
+from conftest import SMALL, cards_file
 from test_benchmarks import load
 
 import cards
 import vllm_sampler
+from grpo import GRPOConfig
 from policy import Policy
 from run import read_jsonl
 from tasks import Prompt, load_prompts
@@ -82,6 +85,87 @@ def test_images_that_vllm_reads_otherwise_are_caught(sampler, prompts, monkeypat
     monkeypatch.setattr(vllm_sampler, "encode", lambda prompt, *rest: real(wrong, *rest))
     with pytest.raises(RuntimeError, match="vLLM read .* tokens where the trainer reads"):
         sampler.sample(prompts[:1], 1, 5, 1.0, seed=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weight sync
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parity(engine, policy: Policy, prompts) -> float:
+    """Largest difference of a token's log-prob on freshly sampled answers at temperature 1.3."""
+    groups = engine.sample(prompts, 2, 40, 1.3, seed=8)
+    rows = [(group.inputs, c) for group in groups for c in group.completions]
+    with torch.no_grad():
+        logprobs, mask = policy.logprobs([(inputs, c.token_ids) for inputs, c in rows], 1.3)
+    return (logprobs[mask] - torch.tensor([lp for _, c in rows for lp in c.behavior_logprobs])).abs().max().item()
+
+
+def perturb(policy: Policy, seed: int) -> None:
+    with torch.no_grad():
+        for parameter in policy.model.parameters():  # the frozen vision tower's, too
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            parameter.add_(noise * (0.05 * parameter.abs().mean() + 0.003))
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_three_syncs(sampler, saved, prompts, lora):
+    """Also the vision tower's weights, whose features vLLM would keep for images that it has seen."""
+    policy = Policy(saved, "cpu", lora=lora)
+    sampler.sync(policy, prompts[:2], 1.3)
+    assert parity(sampler, policy, prompts) < 1e-4
+    for seed in range(3):
+        perturb(policy, seed)
+        assert parity(sampler, policy, prompts) > 1e-2  # it has the old ones
+        sampler.sync(policy, prompts[:2], 1.3)
+        assert parity(sampler, policy, prompts) < 1e-4 and sampler.difference < 1e-4
+
+
+def test_a_broken_sync_is_caught(sampler, saved, prompts, monkeypatch):
+    policy = Policy(saved, "cpu")
+    sampler.sync(policy, prompts[:2], 1.0)
+    perturb(policy, 9)
+    with monkeypatch.context() as broken:
+        broken.setattr(sampler.llm, "collective_rpc", lambda *words, **options: None)
+        with pytest.raises(RuntimeError, match=r"log-prob is -\d+\.\d+, the trainer's -\d+\.\d+\. The sync failed"):
+            sampler.sync(policy, prompts[:2], 1.0)
+    sampler.sync(policy, prompts[:2], 1.0)
+
+
+def test_a_sampled_vision_token_is_caught(sampler, prompts):
+    inputs = sampler.sample(prompts[:1], 1, 2, 1.0, seed=1)[0].inputs
+    bad = SimpleNamespace(token_ids=[40, sampler.image_token_id], logprobs=[])
+    with pytest.raises(RuntimeError, match=f"vLLM sampled the vision token {sampler.image_token_id}"):
+        sampler._group(prompts[0], SimpleNamespace(prompt_token_ids=inputs.token_ids, outputs=[bad]))
+
+
+def test_one_engine_a_process(saved, monkeypatch):
+    """Other weights of the same shapes go into the one that there is; other shapes take another, in its place."""
+    built = []
+    monkeypatch.setattr(vllm_sampler, "VLLMSampler", lambda path, *words: built.append((path, *words)) or object())
+    monkeypatch.setattr(vllm_sampler, "ENGINE", {})
+    config = GRPOConfig(sampler="vllm", vllm_memory=0.2, max_prompt_tokens=300)
+    first = vllm_sampler.engine_of(Policy(cards.BASE, "cpu"), config)
+    assert vllm_sampler.engine_of(Policy(saved, "cpu"), config) is first
+    other = vllm_sampler.engine_of(Policy(cards.TEACHER, "cpu"), config)
+    assert other is not first and list(vllm_sampler.ENGINE.values()) == [other]
+    assert built == [(str(cards.BASE), 64, "fp32", 300, 0.2), (str(cards.TEACHER), 64, "fp32", 300, 0.2)]
+
+
+def test_npo_through_vllm(command, tmp_path):
+    """Scout, cache and replay, killed and resumed; a tiny checkpoint on disk, and a data set in geometry3k's schema."""
+    cards_file(tmp_path / "geometry.parquet", 40)
+    words = ["npo.py", "--model", cards.TEACHER, "--dataset", tmp_path / "geometry.parquet", "--sampler", "vllm", "--out", tmp_path / "out",
+             "--scout-steps", "3", "--lr", "1e-4", *SMALL]  # fmt: skip
+    command(*words, "--steps", "3")
+    done = command(*words, "--steps", "5")
+    lines = [line for line in read_jsonl(tmp_path / "out/metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and "resumed at step 3" in done.stderr + done.stdout
+    assert any(line.get("npo/guide_frac") for line in lines) and all(line["sampling/probe_difference"] < 1e-4 for line in lines)
+    trained = [line for line in lines if line["grad_norm"] > 0]
+    assert trained and all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in trained)
+    assert all(line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4) for line in trained)
+    assert all(line["ratio"] == pytest.approx(1, abs=0.3) and "time/sync" in line for line in trained)
 
 
 def test_evaluate_through_vllm(command, saved, tmp_path):
