@@ -53,7 +53,7 @@ class GRPOConfig:
     save_every: int = 0  # steps between checkpoints [20, or for a late intervention up to 20; the authors: 10 or 20]
     keep: str = ""  # checkpoints: "all", "needed" (by the method, and the newest), or steps, as in 40,100 [all]
     save_optimizers: Literal["auto", "last", "all"] = (
-        "auto"  # beside which checkpoints; without, AdamW starts anew there [all for cards, else last]
+        "auto"  # beside which; without, AdamW starts anew [all for cards, else last]
     )
     dry_run: bool = False  # print the batch arithmetic and the memory plan, and stop
     # A batch

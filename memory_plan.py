@@ -179,9 +179,8 @@ def plan(config, card_bytes: int, model: Qwen3VLConfig | None = None) -> dict:
     head = 0 if config.lora else size * model.text_config.vocab_size * model.text_config.hidden_size
     # the prompt's, copied to each row, and their gradients; without checkpointing the completion's stay, too
     cached = config.micro_batch_size * (2 * prompt + (0 if checkpointing else length)) * token
-    named = f"activations, {'' if checkpointing else 'not '}checkpointed *"
     rows += [
-        (named, activation_bytes(model, config, checkpointing), 0),
+        (f"activations, {'' if checkpointing else 'not '}checkpointed *", activation_bytes(model, config, checkpointing), 0),
         ("logits of a chunk, head's gradient *", chunk * (LOGITS_COPIES * 4 + size) + head, 0),
         ("keys and values of prompts *", cached, 0),
         ("CUDA's own, and holes *", RESERVE, RESERVE),
@@ -193,9 +192,7 @@ def plan(config, card_bytes: int, model: Qwen3VLConfig | None = None) -> dict:
 def remedies(config, card_bytes: int, model: Qwen3VLConfig) -> list[tuple[str, dict]]:
     """What to change until it fits, each on top of the last, what helps most first, other models last: (flag, plan with it)."""
     options = dict(micro_batch_size=1, lora=config.lora or 64, gradient_checkpointing="on", dtype="bf16", train_vision=False)
-    options |= {
-        name: max(1, getattr(config, name) // 2) for name in ("prompts_per_step", "max_new_tokens", "max_prompt_tokens")
-    }
+    options |= {key: max(1, getattr(config, key) // 2) for key in ("prompts_per_step", "max_new_tokens", "max_prompt_tokens")}
     done, now = [], plan(config, card_bytes, model)
     for name in ("", *PUBLIC):
         if name and now["missing"] and parameters(public_config(name))["total"] < parameters(model)["total"]:
@@ -249,8 +246,9 @@ def completions(config) -> list[tuple[str, int]]:
 def disk_bytes(config, model: Qwen3VLConfig) -> dict[str, int]:
     """Checkpoints "kept" at most, with the one that is being written, and their bytes in "total"."""
     runs, fixed = stretches(config), fixed_bytes(model, config)
-    most = {"all": math.inf, "needed": 2}.get(config.keep, 1 + len(config.keep.split(",")))  # of a run, the newest included
-    kept = sum(min(most, math.ceil(steps / config.save_every)) for _, steps, _ in runs) + (config.keep != "all")
+    late = getattr(config, "intervention", "").endswith("late")  # the step that it goes back to is needed, too
+    most = {"all": math.inf, "needed": 1}.get(config.keep, 1 + len(config.keep.split(",")))
+    kept = sum(min(most, math.ceil(steps / config.save_every)) for _, steps, _ in runs) + (config.keep != "all") * (1 + late)
     if hasattr(config, "max_distance"):  # AutoNPO keeps those that it can go back to, the start too
         kept = min(kept + 1, config.max_distance // config.save_every + 2)
     states = kept if config.save_optimizers == "all" else 1 + len(runs)
@@ -264,9 +262,9 @@ def show(config) -> None:
     print(f"{config.model} in {config.dtype.replace('auto', 'bf16')}: {count['total']:,} parameters ({count['language']:,} "
           f"language, {count['vision']:,} vision), {fixed['trained']:,} trained\n")  # fmt: skip
     print(f"{prompts} prompts x {config.group_size} slots = {batch} completions/step = {math.ceil(batch / some)} micro-batches "
-          f"of {some} -> {config.updates_per_batch} optimizer step(s),")  # fmt: skip
+          f"of {some} -> {config.updates_per_batch} optimizer step(s)")  # fmt: skip
     print(
-        f"of at most {batch * config.max_new_tokens:,} tokens, and {prompts * config.max_prompt_tokens:,} of prompts; in all:"
+        f"at most {batch * config.max_new_tokens:,} tokens/step, and {prompts * config.max_prompt_tokens:,} of prompts; in all"
     )
     for what, number in completions(config):
         print(f"{number:12,} completions: {what}")
@@ -296,6 +294,6 @@ def show(config) -> None:
     print(f"checkpoint: {fixed['saved'] / 1e9:.1f} GB of weights, {fixed['optimizer'] / 1e9:.1f} GB of optimizer state; "
           f"at most {disk['kept']} at a time: {disk['total'] / 1e9:.1f} GB; free for --out: {free / 1e9:.1f} GB")  # fmt: skip
     if disk["total"] > free:
-        lower = ["--keep needed"] * (config.keep == "all" and not hasattr(config, "max_distance"))
-        lower += ["--save-optimizers last"] * (config.save_optimizers == "all") + [f"--save-every above {config.save_every}"]
-        print(f"DISK TOO SMALL: {(disk['total'] - free) / 1e9:.1f} GB too few; take {' or '.join(lower)}")
+        lower = ["--keep needed", "a larger --save-every"] * (config.keep == "all" and not hasattr(config, "max_distance"))
+        lower += ["--save-optimizers last"] * (config.save_optimizers == "all") + ["--lora 64"] * (not config.lora)
+        print(f"DISK TOO SMALL: {(disk['total'] - free) / 1e9:.1f} GB too few; take {' or '.join([*lower, 'another disk'])}")

@@ -322,8 +322,8 @@ class Policy:
         path.parent.mkdir(parents=True, exist_ok=True)
         need, free = self.checkpoint_bytes(optimizer), shutil.disk_usage(path.parent).free
         if need > free:
-            raise UsageError(f"{path}: the checkpoint takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Free some, then the "
-                             "same command resumes; --keep and --save-optimizers say what is kept")  # fmt: skip
+            raise UsageError(f"{path}: no space left for a checkpoint of {need / 1e9:.3g} GB, only {free / 1e9:.3g}; free some, then the same "
+                             "command resumes (--keep and --save-optimizers say what is kept)")  # fmt: skip
         aside = path.with_name(path.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

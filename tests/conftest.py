@@ -45,14 +45,15 @@ def command():
     return run
 
 
-def cards_file(path: Path, count: int) -> None:
-    """Cards as a data set in geometry3k's schema: images, problem, answer."""
+def cards_file(path: Path, count: int, changes: dict[int, dict] | None = None) -> None:
+    """Cards as a data set in geometry3k's schema (images, problem, answer), some rows with other values."""
     import datasets
 
     rows = [{"images": [cards.draw(hand)], "problem": f"<image>{cards.question(hand)}", "answer": str(hand.total)}
-            for hand in cards.hands("train")[:count]]  # fmt: skip
-    kinds = datasets.Features({"images": datasets.List(datasets.Image()), "problem": datasets.Value("string"),
-                               "answer": datasets.Value("string")})  # fmt: skip
+            | (changes or {}).get(number, {}) for number, hand in enumerate(cards.hands("train")[:count])]  # fmt: skip
+    kinds = datasets.Features(
+        images=datasets.List(datasets.Image()), problem=datasets.Value("string"), answer=datasets.Value("string")
+    )
     datasets.Dataset.from_list(rows, features=kinds).to_parquet(path)
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, cards_file
 
 import cards
 from policy import Policy
@@ -20,9 +20,9 @@ from run import read_jsonl
 
 # The base is right too rarely for a test: this verifier calls a third of its answers right. All else is the real command.
 LUCKY = """
-import sys, zlib, verifier, {script}, run
+import sys, zlib, verifier, {script}, command
 verifier.is_correct = lambda response, gold, choices=None: zlib.crc32(response.encode()) % 3 == 0
-run.command_line({script}.{config}, {script}.main)
+command.command_line({script}.{config}, {script}.main)
 """
 FLAGS = [*SMALL, "--temperature", "1.5", "--max-new-tokens", "48", "--lr", "1e-3", "--steps", "6"]
 GRPO = ["-c", LUCKY.format(script="grpo", config="GRPOConfig"), *FLAGS]
@@ -76,7 +76,7 @@ def test_killed_three_times_and_resumed_is_the_same_run(command, tmp_path):
     command(*NPO, "--out", whole)
     words = [*NPO, "--out", killed]
     slow = "import time, torch; save = torch.save; torch.save = lambda *a: (time.sleep(5), save(*a))\n"  # time to be hit
-    slowly = ["-c", NPO[1].replace("run.command_line", slow + "run.command_line"), *words[2:]]
+    slowly = ["-c", NPO[1].replace("command.command_line", slow + "command.command_line"), *words[2:]]
     killed_when(slowly, lambda: (killed / "scout/checkpoints/step_000002.tmp/state.json").exists(), killed)
     assert not (killed / "scout/checkpoints/step_000002").exists()
     killed_when(words, lambda: len(read_jsonl(killed / "guide.jsonl.partial")) > 2, killed)
@@ -179,7 +179,7 @@ def test_a_reward_that_is_no_number_names_the_step_and_keeps_the_checkpoint(comm
     """A forker's reward returns nan in step 3: 4 evaluated answers, 8 in each of two steps, 4 evaluated again."""
     out, calls = tmp_path / "run", "import itertools; calls = itertools.count()\n"
     broken = calls + "verifier.reward = lambda accuracy, format: accuracy if next(calls) < 24 else float('nan')\n"
-    script = GRPO[1].replace("run.command_line", broken + "run.command_line")
+    script = GRPO[1].replace("command.command_line", broken + "command.command_line")
     message = one_line_error(command("-c", script, *FLAGS, "--out", out, check=False))
     assert "step 3: a reward is nan" in message and "checkpoints/step_000002" in message
     Policy(out / "checkpoints/step_000002", device="cpu")
@@ -221,18 +221,34 @@ def test_help_explains_every_flag(command):
 
 def test_a_local_data_set_and_model(command, tmp_path):
     """A checkpoint folder and a data file, as with any model and data of the hub."""
-    import datasets
-
-    hands = cards.hands("train")[:12]
-    features = datasets.Features(
-        {"images": datasets.List(datasets.Image()), "problem": datasets.Value("string"), "answer": datasets.Value("string")}
-    )
-    rows = {"images": [[cards.draw(h)] for h in hands], "problem": ["<image>" + cards.question(h) for h in hands],
-            "answer": [str(h.total) for h in hands]}  # fmt: skip
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "hands.parquet")
+    cards_file(tmp_path / "hands.parquet", 14, {3: {"answer": ""}, 5: {"problem": 30 * "Start at 3 and add the cards. "}})
     Policy(cards.BASE, device="cpu").save(tmp_path / "model", {"step": 0, "sampled_tokens": 0})
     out = tmp_path / "run"
-    command("npo.py", *SMALL, "--model", tmp_path / "model", "--dataset", tmp_path / "hands.parquet", "--steps", "2",
-            "--scout-steps", "1", "--guide-samples", "2", "--out", out)  # fmt: skip
+    done = command("npo.py", *SMALL, "--model", tmp_path / "model", "--dataset", tmp_path / "hands.parquet", "--steps", "2",
+            "--scout-steps", "1", "--guide-samples", "2", "--max-prompt-tokens", "100", "--out", out)  # fmt: skip
     config = json.loads((out / "config.json").read_text())
+    assert "hands.parquet: 8 training prompts; 1 dropped: no verifiable gold, 1 dropped: over 100 tokens" in done.stdout
+    assert (config["keep"], config["save_optimizers"], config["gradient_checkpointing"]) == ("needed", "last", "on")
     assert config["lr"] == 1e-6 and json.loads((out / "summary.json").read_text())["steps"] == 2
+
+
+def test_what_is_kept_of_the_checkpoints(command, tmp_path):
+    """Of the run that goes ahead the steps that a late intervention needs, of the replay the newest; one optimizer each."""
+    out, words = tmp_path / "run", ["--intervention", "late", "--plateau-start", "2", "--plateau-end", "6", "--save-every", "1"]
+    done = command(*NPO, *words, "--keep", "needed", "--save-optimizers", "last", "--out", out)
+    found = {
+        str(path.relative_to(out))
+        for path in out.glob("**/checkpoints/*/*")
+        if path.name in ("model.safetensors", "optimizer.pt")
+    }
+    assert found == {
+        "scout/checkpoints/step_000002/model.safetensors", "scout/checkpoints/step_000006/model.safetensors",
+        "scout/checkpoints/step_000006/optimizer.pt", "checkpoints/step_000006/model.safetensors", "checkpoints/step_000006/optimizer.pt",
+    }  # fmt: skip
+    assert "step_000002: holds no optimizer" in done.stdout and "moments start anew" in done.stdout
+
+
+def test_dry_run(command, tmp_path):
+    """Of a model whose weights nobody has here, and writes nothing."""
+    done = command("npo.py", "--model", "Qwen/Qwen3-VL-8B-Instruct", "--dry-run", "--out", tmp_path / "run")
+    assert "8,767,123,696" in done.stdout and not (tmp_path / "run").exists()
