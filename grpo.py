@@ -38,7 +38,7 @@ IS_CAP = 2.0  # of a token's weight for what vLLM sampled otherwise than the tra
 class GRPOConfig:
     # What is trained, on what, and where it goes
     model: str = "cards"  # "cards" (the tiny base in assets/), a hub id, or a save_pretrained folder
-    dataset: str = ""  # "cards", a preset (geometry3k, mmk12, ...; mmk12=PATH for a copy), a hub id, a file or folder [cards, else geometry3k]
+    dataset: str = ""  # "cards", a preset (tasks.py; mmk12=PATH is a copy), hub id, file, folder [cards, else geometry3k]
     columns: str = ""  # the data set's names, as in prompt=problem,images=images,answer=answer,choices=options
     train_split: str = "train"  # split that is trained on
     eval_split: str = ""  # held-out split [the last --eval-prompts rows of the training split]
@@ -59,7 +59,7 @@ class GRPOConfig:
     group_size: int = 8  # G, the paper's n
     max_prompt_tokens: int = 4096  # longer prompts, images counted, are dropped and counted (as the authors)
     max_new_tokens: int = 0  # T at most [64 for cards, else 4096 as the authors]
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm on cuda where it is installed, but for cards; else hf]
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm on cuda if installed, and to plan for, but not for cards; else hf]
     vllm_memory: float = 0.35  # share of the card for vLLM's weights and cache
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     # The update
@@ -88,8 +88,8 @@ class GRPOConfig:
         if self.gradient_checkpointing == "auto":
             self.gradient_checkpointing = "off" if on_cards else "on"
         if self.sampler == "auto":
-            on_gpu = torch.cuda.is_available() and self.device != "cpu"
-            self.sampler = "vllm" if on_gpu and vllm_sampler.available() and not on_cards else "hf"
+            here = torch.cuda.is_available() and self.device != "cpu" and vllm_sampler.available()
+            self.sampler = "vllm" if (here or self.dry_run) and not on_cards else "hf"
 
     def check(self) -> None:
         """Raises UsageError for the first value that makes no sense."""
@@ -114,7 +114,7 @@ class GRPOConfig:
             )
         if not 0 < self.vllm_memory < 1:
             raise UsageError(f"--vllm-memory {self.vllm_memory}: is a share of the card, between 0 and 1")
-        if self.sampler == "vllm" and not vllm_sampler.available():
+        if self.sampler == "vllm" and not (vllm_sampler.available() or self.dry_run):
             raise UsageError(
                 "--sampler vllm: vllm is not installed; pip install -r requirements-vllm.txt, or take --sampler hf"
             )

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, Qwen3VLConfig
 
 import cards
-from policy import VOCABULARY_CHUNK
+from policy import VOCABULARY_CHUNK, whole_model
 from tasks import UsageError
 
 GIB = 2**30
@@ -49,7 +49,7 @@ def public_config(name: str) -> Qwen3VLConfig | None:
 def model_config(name: str) -> Qwen3VLConfig:
     """Of "cards", a name in `PUBLIC`, a `save_pretrained` folder or a hub id; UsageError where there is none to be had."""
     try:
-        config = public_config(name) or AutoConfig.from_pretrained(cards.BASE if name == "cards" else name)
+        config = public_config(name) or AutoConfig.from_pretrained(whole_model(cards.BASE if name == "cards" else name))
     except (OSError, ValueError) as error:
         raise UsageError(f"--model {name}: no configuration can be loaded ({str(error).strip().splitlines()[0]}); give a "
                          f"save_pretrained folder, a hub id, or one known here: {', '.join(PUBLIC)}") from error  # fmt: skip
