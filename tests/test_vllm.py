@@ -15,7 +15,7 @@ from test_benchmarks import load
 import cards
 import vllm_sampler
 from grpo import GRPOConfig
-from policy import Policy
+from policy import Policy, encode
 from run import read_jsonl
 from tasks import Prompt, load_prompts
 from vllm_sampler import VLLMSampler
@@ -166,6 +166,13 @@ def test_npo_through_vllm(command, tmp_path):
     assert trained and all(line["sampling/sampling_logp_difference/max"] < 1e-4 for line in trained)
     assert all(line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4) for line in trained)
     assert all(line["ratio"] == pytest.approx(1, abs=0.3) and "time/sync" in line for line in trained)
+
+
+def test_prompts_that_are_expanded_already_are_caught(sampler, prompts, monkeypatch):
+    inputs = encode(prompts[0], sampler.tokenizer, sampler.image_processor, sampler.image_token_id)
+    monkeypatch.setattr(vllm_sampler, "placeholder_ids", lambda *words: inputs.token_ids)
+    with pytest.raises(RuntimeError, match=f"vLLM read .* tokens where the trainer reads {len(inputs.token_ids)}"):
+        sampler.sample(prompts[:1], 1, 5, 1.0, seed=1)
 
 
 def test_evaluate_through_vllm(command, saved, tmp_path):
