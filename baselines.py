@@ -50,7 +50,7 @@ import cards
 import report
 import verifier
 from command import command_line, open_directory
-from grpo import GRPOConfig, behavior_logprobs, clipped_policy_loss, group_advantages, update
+from grpo import GRPOConfig, clipped_policy_loss, group_advantages, old_logprobs, update
 from grpo import train as train_grpo
 from npo import build_cache, cache_line, guide_use, load_cache, without_is_correction
 from policy import Completion, Group, Inputs, Policy
@@ -141,7 +141,7 @@ def centered_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 def shaped_policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, off_policy: torch.Tensor,
-    max_length: int, gamma: float | None = 0.1, num_sequences: int | None = None,
+    max_length: int, gamma: float | None = 0.1, num_sequences: int | None = None, weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """-1/B sum_i 1/L sum_t weight_it A_i, to be minimised: LUFFY's and ExGRPO's.
 
@@ -153,12 +153,14 @@ def shaped_policy_loss(
         max_length: L, the same for all sequences.
         gamma: of f; None for f(w) = w.
         num_sequences: sequences in the whole batch, where this is one micro-batch of it (default: B).
+        weights: as in `clipped_policy_loss`.
     Returns:
         loss, and per token what `clipped_policy_loss` returns; "ratio" is w.
     """
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))  # (B, T)
     shaped = ratio if gamma is None else ratio / (ratio + gamma)
     weight = torch.where(off_policy[:, None], shaped, ratio)
+    weight = weight if weights is None else weights * weight
     objective = (weight * advantages[:, None]).masked_fill(~mask, 0.0)  # (B, T)
     loss = -objective.sum() / max_length / (num_sequences or len(logprobs))
     return loss, {"ratio": ratio.detach(), "low": torch.zeros_like(mask), "high": torch.zeros_like(mask)}
@@ -166,7 +168,7 @@ def shaped_policy_loss(
 
 def token_mean_policy_loss(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
-    clip_low: float = 0.2, clip_high: float = 0.28, num_tokens: int | None = None,
+    clip_low: float = 0.2, clip_high: float = 0.28, num_tokens: int | None = None, weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """GRPO's clipped objective averaged over all tokens of the batch, RLEP's. Arguments as `clipped_policy_loss`.
 
@@ -174,7 +176,7 @@ def token_mean_policy_loss(
     """
     lengths = mask.sum(dim=1)
     return clipped_policy_loss(
-        logprobs, old_logprobs, advantages * lengths, mask, clip_low, clip_high, num_tokens or int(lengths.sum())
+        logprobs, old_logprobs, advantages * lengths, mask, clip_low, clip_high, num_tokens or int(lengths.sum()), weights
     )
 
 
@@ -183,13 +185,14 @@ def shaped_loss(policy: Policy, rows: list[tuple], config: LUFFYConfig | ExGRPOC
     inputs, completions, advantages = zip(*rows)
     tokens = [completion.token_ids for completion in completions]
     logprobs, mask, entropy = policy.logprobs(list(zip(inputs, tokens)), config.temperature, entropy=True)  # (B, T)
+    old, weights, mismatch = old_logprobs(completions, logprobs, mask, config)
     loss, stats = shaped_policy_loss(
-        logprobs, behavior_logprobs(completions, logprobs, mask), logprobs.new_tensor(advantages), mask,
+        logprobs, old, logprobs.new_tensor(advantages), mask,
         torch.tensor([c.source != "policy" for c in completions], device=mask.device),
-        config.max_new_tokens, config.gamma if getattr(config, "shaping", True) else None, num_sequences,
+        config.max_new_tokens, config.gamma if getattr(config, "shaping", True) else None, num_sequences, weights,
     )  # fmt: skip
     bonus = (entropy.sum(dim=1) / mask.sum(dim=1)).sum() / num_sequences
-    return loss - config.entropy_coef * bonus, stats
+    return loss - config.entropy_coef * bonus, stats | mismatch
 
 
 def token_mean_loss(policy: Policy, rows: list[tuple], config: RLEPConfig, num_sequences: int, num_tokens: int):
@@ -197,10 +200,11 @@ def token_mean_loss(policy: Policy, rows: list[tuple], config: RLEPConfig, num_s
     inputs, completions, advantages = zip(*rows)
     tokens = [completion.token_ids for completion in completions]
     logprobs, mask = policy.logprobs(list(zip(inputs, tokens)), config.temperature)  # (B, T)
-    return token_mean_policy_loss(
-        logprobs, behavior_logprobs(completions, logprobs, mask), logprobs.new_tensor(advantages), mask,
-        config.clip_low, config.clip_high, num_tokens,
-    )  # fmt: skip
+    old, weights, mismatch = old_logprobs(completions, logprobs, mask, config)
+    loss, stats = token_mean_policy_loss(
+        logprobs, old, logprobs.new_tensor(advantages), mask, config.clip_low, config.clip_high, num_tokens, weights
+    )
+    return loss, stats | mismatch
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ import cards
 from policy import image_parts, load_tokenizer, prompt_length
 from tasks import PromptSet, UsageError, counts, load_prompts
 
-ONLY_FOR_THE_MACHINE = ("fresh", "out", "device", "micro_batch_size")  # a run may go on with other ones
+# a run may go on with other ones
+ONLY_FOR_THE_MACHINE = (
+    "fresh", "out", "device", "micro_batch_size", "gradient_checkpointing", "vllm_memory", "keep", "save_optimizers",
+)  # fmt: skip
 
 
 def open_directory(config, out: Path) -> None:

@@ -34,9 +34,11 @@ import verifier
 import vllm_sampler
 from benchmarks import BENCHMARKS, PAPER, PAPER_ORDER, Malformed, item
 from command import command_line, model_path, say
-from policy import Policy
+from policy import Policy, whole_model
 from run import derived_seed, read_jsonl
 from tasks import FILE_TYPES, Prompt, UsageError, fingerprint, load_prompts, open_dataset
+
+PROBE = Prompt("probe", [{"role": "user", "content": [{"type": "text", "text": "Start at 27 and add the cards."}]}], [], "27")
 
 
 @dataclass
@@ -64,7 +66,8 @@ class EvaluateConfig:
         self.benchmarks = self.benchmarks or ("cards" if on_cards else ",".join(BENCHMARKS))
         self.max_new_tokens = self.max_new_tokens or (64 if on_cards else 4096)
         if self.sampler == "auto":
-            self.sampler = "vllm" if torch.cuda.is_available() and vllm_sampler.available() else "hf"
+            here = torch.cuda.is_available() and self.device != "cpu" and vllm_sampler.available()
+            self.sampler = "vllm" if here else "hf"
         self.batch_size = self.batch_size or (64 if on_cards else 256 if self.sampler == "vllm" else 16)
 
     def check(self) -> None:
@@ -354,7 +357,10 @@ def main(config: EvaluateConfig) -> None:
                 rows_of(name, config.data_dir)  # what cannot be had is said before anything is asked
         open_predictions(config, path)
         if config.sampler == "vllm":
-            sampler = vllm_sampler.VLLMSampler(model_path(config), config.max_new_tokens, config.dtype)
+            model = model_path(config)
+            sampler = vllm_sampler.VLLMSampler(whole_model(model), config.max_new_tokens, config.dtype)
+            if whole_model(model) != model:  # of adapters: to be merged
+                sampler.sync(Policy(model, config.device, config.dtype), [PROBE], config.temperature)
         else:
             sampler = Policy(model_path(config), config.device, config.dtype)
         for name in config.names():

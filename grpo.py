@@ -69,7 +69,7 @@ class GRPOConfig:
     clip_low: float = 0.2  # the ratio's clip range is 1 - clip_low ...
     clip_high: float = 0.28  # ... to 1 + clip_high
     updates_per_batch: int = 1  # optimizer steps on each batch (GRPO's mu)
-    micro_batch_size: int = 0  # sequences in one forward and backward; memory only, never results [32 for cards, else 4]
+    micro_batch_size: int = 0  # sequences in one forward and backward; memory only (and bf16's rounding) [32 for cards, else 4]
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"  # memory only, never results [off for cards, else on]
     train_vision: bool = False  # train the vision tower too; not specified by the paper
     lora: int = 0  # train LoRA adapters of this rank instead of the weights, for small cards; not specified by the paper
@@ -114,6 +114,10 @@ class GRPOConfig:
             )
         if not 0 < self.vllm_memory < 1:
             raise UsageError(f"--vllm-memory {self.vllm_memory}: is a share of the card, between 0 and 1")
+        if self.sampler == "vllm" and self.device not in ("auto", "cpu", "cuda", "cuda:0"):
+            raise UsageError(
+                f"--device {self.device}: vLLM takes the first card that it sees; set CUDA_VISIBLE_DEVICES, and leave --device out"
+            )
         if self.sampler == "vllm" and not (vllm_sampler.available() or self.dry_run):
             raise UsageError(
                 "--sampler vllm: vllm is not installed; pip install -r requirements-vllm.txt, or take --sampler hf"
@@ -167,14 +171,20 @@ def policy_loss(policy: Policy, rows: list[tuple], config: GRPOConfig, num_seque
     """The loss of a micro-batch of B rows (inputs, completion, advantage), and its stats per token."""
     inputs, completions, advantages = zip(*rows)
     logprobs, mask = policy.logprobs(list(zip(inputs, [c.token_ids for c in completions])), config.temperature)  # (B, T)
-    old_logprobs, weights, more = behavior_logprobs(completions, logprobs, mask), None, {}  # (B, T)
-    if config.sampler == "vllm":
-        old_logprobs, mismatch = trainer_logprobs(completions, logprobs, old_logprobs, mask)
-        weights, more = mismatch.clamp(max=IS_CAP), {"mismatch": mismatch}
+    old, weights, mismatch = old_logprobs(completions, logprobs, mask, config)
     loss, stats = clipped_policy_loss(
-        logprobs, old_logprobs, logprobs.new_tensor(advantages), mask, config.clip_low, config.clip_high, num_sequences, weights
+        logprobs, old, logprobs.new_tensor(advantages), mask, config.clip_low, config.clip_high, num_sequences, weights
     )
-    return loss, stats | more
+    return loss, stats | mismatch
+
+
+def old_logprobs(completions: list[Completion], logprobs: torch.Tensor, mask: torch.Tensor, config: GRPOConfig) -> tuple:
+    """The ratio's denominator, log q_i (B, T); the weights (B, T) of the terms, if there are any; and what is logged of these."""
+    recorded = behavior_logprobs(completions, logprobs, mask)
+    if config.sampler == "hf":
+        return recorded, None, {}
+    old, mismatch = trainer_logprobs(completions, logprobs, recorded, mask)
+    return old, mismatch.clamp(max=IS_CAP), {"mismatch": mismatch}
 
 
 def trainer_logprobs(
@@ -182,9 +192,9 @@ def trainer_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What stands in for `recorded` (B, T) where vLLM sampled, whose log-probs are not quite the trainer's for the same weights.
 
-    A slot of the policy has pi_old, the trainer's own at the first update on it, and is off by the ratio pi_old / q_vllm, by which its terms
-    are weighed, truncated ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al. 2025; TRL). A guide's
-    slot has what the guide recorded, and no such ratio: its own is pi_theta / pi_guide as it is.
+    A slot of the policy has pi_old, the trainer's own at the first update on it, and is off by the ratio pi_old / q_vllm, by which its
+    terms are weighed, truncated ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al. 2025; TRL). A
+    guide's slot has what the guide recorded, and no such ratio: its own is pi_theta / pi_guide as it is.
 
     Returns:
         old log-probs (B, T), and the ratio pi_old / q_vllm before truncation (B, T), 1 in guide slots and padding.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
@@ -18,21 +19,24 @@ from tasks import UsageError
 ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # by LoRA: every linear layer of the language model
 
 
-def train_adapters(model, rank: int) -> None:
-    """LoRA (arXiv 2106.09685): freezes the model but for its adapters, which are added if it was loaded without.
+def train_adapters(model, rank: int, path: str | Path) -> None:
+    """LoRA (arXiv 2106.09685): freezes the model but for its adapters, which are added if `path` holds none.
 
     `lora_alpha` = 2 rank, as TRL's default; adapters are fp32, whatever the weights are.
     """
-    if not model._hf_peft_config_loaded:
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise UsageError(f"--lora {rank}: needs peft; pip install -r requirements-vllm.txt") from error
+    try:
+        from peft import LoraConfig, set_peft_model_state_dict
+    except ImportError as error:
+        raise UsageError(f"--lora {rank}: needs peft; pip install -r requirements-vllm.txt") from error
+    saved = model._hf_peft_config_loaded
+    if not saved:
         model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
             parameter.data = parameter.data.float()
+    if saved:  # again, as they were: they came in the weights' dtype
+        set_peft_model_state_dict(model, load_file(Path(path) / "adapter_model.safetensors"))
 
 
 def merged_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,6 +93,13 @@ def make_optimizer(parameters: list[torch.nn.Parameter], lr: float, weight_decay
             "bf16 weights are trained with torchao's AdamW: pip install -r requirements-vllm.txt, or take --dtype fp32"
         ) from error
     return AdamW8bit(parameters, lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Also of torchao's, which are some tensors of 8 bits that look like one of 16."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(stored_bytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -259,13 +259,14 @@ def intervene(config: NPOConfig, out: Path) -> None:
 
 def go_ahead(config: NPOConfig, out: Path) -> None:
     """The scout: plain GRPO from the base; for early+late the run that plateaus is an early one."""
+    steps, keep = config.scout_steps if config.intervention == "early" else config.plateau_end, config.keep
+    if config.intervention != "early" and keep != "all":  # where the replay starts, and its guide
+        keep = f"{config.plateau_start},{steps}" + (f",{keep}" if keep != "needed" else "")
     if config.intervention == "early+late":
-        scout = dataclasses.replace(config, intervention="early", steps=config.plateau_end, out=str(out))
+        scout = dataclasses.replace(config, intervention="early", steps=config.plateau_end, out=str(out), keep=keep)
         intervene(scout, out)
         return
-    steps = config.scout_steps if config.intervention == "early" else config.plateau_end
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(GRPOConfig)}
-    keep = f"{config.plateau_start},{steps}" if config.keep == "needed" else config.keep
     train_grpo(GRPOConfig(**shared | {"steps": steps, "out": str(out), "keep": keep}), out)
 
 

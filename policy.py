@@ -11,6 +11,7 @@ sampler's and the trainer's, one and the same distribution:
 """
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -35,7 +36,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from large import checkpoint_layers, train_adapters
+from large import checkpoint_layers, stored_bytes, train_adapters
 from tasks import Prompt, UsageError
 
 VOCABULARY_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 152k fp32 logits are 0.6 GB
@@ -101,6 +102,16 @@ def image_parts(path: str | Path) -> tuple:
         raise unloadable(path, error) from error
 
 
+def stop_ids(path: str | Path, tokenizer) -> list[int]:
+    """The token ids that end an answer: the generation config's, else the tokenizer's."""
+    try:
+        stop = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # there is none
+        stop = None
+    stop = tokenizer.eos_token_id if stop is None else stop
+    return stop if isinstance(stop, list) else [stop]
+
+
 def whole_model(path: str | Path) -> str:
     """The model that a checkpoint of LoRA adapters belongs to; any other path is itself."""
     adapter = Path(path) / "adapter_config.json"
@@ -158,6 +169,7 @@ class Policy:
             lora: rank of the adapters that are trained in place of the weights; 0 for none. A folder's own rank counts before it.
             gradient_checkpointing: compute layers again in the backward pass instead of keeping what is in them.
         """
+        gc.collect()  # of a model that nobody holds any more: its layers may refer to themselves
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(f"--device {device}: torch {torch.__version__} finds no CUDA here; take cpu")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -183,13 +195,11 @@ class Policy:
         video = cached_file(path, VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
         self.video_config = Path(video).read_text() if video else None
         self.stock_generation_config, self.model.generation_config = self.model.generation_config, GenerationConfig()
-        stop = self.stock_generation_config.eos_token_id
-        stop = self.tokenizer.eos_token_id if stop is None else stop
-        self.eos_token_ids = stop if isinstance(stop, list) else [stop]
+        self.eos_token_ids = stop_ids(path, self.tokenizer)
         self.model.base_model.visual.requires_grad_(train_vision)
         self.base_path = whole_model(path)
         if lora or self.model._hf_peft_config_loaded:
-            train_adapters(self.model, lora)
+            train_adapters(self.model, lora, path)
         if gradient_checkpointing:
             checkpoint_layers(self.model)
 
@@ -313,7 +323,7 @@ class Policy:
         kept = self.parameters() if self.model._hf_peft_config_loaded else list(self.model.parameters())
         if optimizer is not None:
             kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        return sum(value.numel() * value.element_size() for value in kept)
+        return sum(stored_bytes(value) for value in kept)
 
     def save(self, path: Path, state: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
         """A `save_pretrained` folder with `state.json` and `optimizer.pt`, written aside and renamed: all of it or nothing."""

@@ -137,6 +137,7 @@ class Run:
 
     def _load(self, source: Path | None) -> None:
         config = self.config
+        self.policy = self.optimizer = self.sampler = None  # no two of them in memory
         torch.manual_seed(derived_seed(config.seed, "adapters"))  # where LoRA's are new
         self.policy = Policy(source or model_path(config), config.device, config.dtype, config.train_vision, config.lora,
                              config.gradient_checkpointing == "on")  # fmt: skip
@@ -257,12 +258,11 @@ class Run:
         self._write(name, line)
 
     def roll_back(self, step: int, memory: dict) -> None:
-        """Goes back to the checkpoint of an earlier step: weights, optimizer, and step; `memory` is what goes on from there.
+        """Goes back to the checkpoint of an earlier step: weights, step, and optimizer where it was kept; `memory` is what goes on from there.
 
         It has happened once that checkpoint's state.json is replaced, which is atomic: a kill before leaves the run where it was.
         """
         path = checkpoint_path(self.out, step)
-        self.policy = self.optimizer = None  # no two of them in memory
         self._load(path)
         self.step, self.rollbacks, self.memory = step, self.rollbacks + 1, memory
         aside = path / "state.json.tmp"

@@ -23,6 +23,8 @@ BOXED = "Please reason step by step, and put your final answer within \\boxed{}.
 DEFAULT_COLUMNS = {"prompt": "problem", "images": "images", "answer": "answer", "choices": ""}  # geometry3k's names
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 NO_IMAGE = "an image missing or unreadable"
+MAX_IMAGES = 16  # in one prompt: what vLLM is set for
+MAX_IMAGES = 16  # in one prompt: what vLLM is set for
 MAX_ASPECT = 200  # a longer or narrower picture is refused by Qwen's image processor
 
 
@@ -192,6 +194,8 @@ def check_rows(dataset: str, data, read: Callable, max_tokens: int, length_of) -
             pictured = pictured or bool(sizes)
             if any(max(size) > MAX_ASPECT * min(size) for size in sizes):
                 raise Unusable(f"an image over {MAX_ASPECT} times as long as wide", "cut the images")
+            if len(sizes) > MAX_IMAGES:
+                raise Unusable(f"over {MAX_IMAGES} images", "ask about fewer")
             if max_tokens and length_of and length_of(messages, sizes) > max_tokens:
                 raise Unusable(f"over {max_tokens} tokens", "raise --max-prompt-tokens")
             kept.append(number)

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests at a time on two cores
 
 import cards  # noqa: E402
 import tasks  # noqa: E402

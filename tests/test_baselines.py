@@ -107,6 +107,18 @@ def test_token_mean_loss_by_hand():
         assert loss.item() == pytest.approx(-total / (tokens or 11), rel=1e-9)
 
 
+def test_weights_of_what_vllm_sampled_multiply_each_term():
+    logprobs, old, advantages, mask = (torch.tensor(v) for v in (
+        [[-0.5, -1.0], [-0.25, 0.0]], [[-0.75, -1.0], [-0.5, 0.0]], [1.5, -0.5], [[True, True], [True, False]]))  # fmt: skip
+    weights = torch.tensor([[0.5, 2.0], [1.75, 9.0]])
+    shaped, _ = baselines.shaped_policy_loss(logprobs, old, advantages, mask, torch.tensor([False, True]), 7, 0.2, 3, weights)
+    ratio = math.exp(0.25)
+    own, other = 1.5 * (0.5 * ratio + 2.0), -0.5 * 1.75 * ratio / (ratio + 0.2)
+    assert shaped.item() == pytest.approx(-(own + other) / 7 / 3, rel=1e-6)
+    clipped, _ = baselines.token_mean_policy_loss(logprobs, old, advantages, mask, 0.1, 0.2, 5, weights)
+    assert clipped.item() == pytest.approx(-(1.5 * (0.5 * 1.2 + 2.0) - 0.5 * 1.75 * ratio) / 5, rel=1e-6)
+
+
 def test_centered_advantages():
     got = centered_advantages(torch.tensor([[1.0, 0.1, 0.1, 0.4], [0.1] * 4]))
     torch.testing.assert_close(got, torch.tensor([[0.6, -0.3, -0.3, 0.0], [0.0] * 4]))

@@ -232,10 +232,15 @@ def test_a_local_data_set_and_model(command, tmp_path):
     assert config["lr"] == 1e-6 and json.loads((out / "summary.json").read_text())["steps"] == 2
 
 
-def test_what_is_kept_of_the_checkpoints(command, tmp_path):
+@pytest.mark.parametrize("intervention", ["late", "early+late"])
+def test_what_is_kept_of_the_checkpoints(command, tmp_path, intervention):
     """Of the run that goes ahead the steps that a late intervention needs, of the replay the newest; one optimizer each."""
-    out, words = tmp_path / "run", ["--intervention", "late", "--plateau-start", "2", "--plateau-end", "6", "--save-every", "1"]
+    out, words = (
+        tmp_path / "run",
+        ["--intervention", intervention, "--plateau-start", "2", "--plateau-end", "6", "--save-every", "1"],
+    )
     done = command(*NPO, *words, "--keep", "needed", "--save-optimizers", "last", "--out", out)
+    shutil.rmtree(out / "scout/scout", ignore_errors=True)  # of early+late
     found = {
         str(path.relative_to(out))
         for path in out.glob("**/checkpoints/*/*")

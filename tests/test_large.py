@@ -8,7 +8,7 @@ from conftest import SMALL
 from safetensors.torch import load_file
 
 import cards
-from large import load_optimizer, make_optimizer, merged_weights
+from large import load_optimizer, make_optimizer, merged_weights, stored_bytes
 from policy import Policy
 from run import read_jsonl
 from tasks import Prompt, UsageError
@@ -105,6 +105,17 @@ def test_moments_come_back(tmp_path):
     assert torch.equal(*moments) and moments[0].abs().max() > 0
 
 
+def test_room_for_moments_of_8_bits(tmp_path):
+    pytest.importorskip("torchao")
+    parameter = torch.nn.Parameter(torch.randn(512, 512).bfloat16())
+    optimizer = make_optimizer([parameter], 1e-3, 0.01)
+    parameter.grad = torch.randn(512, 512).bfloat16()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    counted = sum(stored_bytes(value) for value in optimizer.state[parameter].values())
+    assert counted == pytest.approx((tmp_path / "optimizer.pt").stat().st_size, rel=0.02)
+
+
 def test_without_torchao(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
     with pytest.raises(UsageError, match="bf16 .* requirements-vllm.txt"):
@@ -147,6 +158,18 @@ def test_adapters_come_back_and_merge(rows, tmp_path):
         after = merged.logprobs(rows, 1.0)[0]
     assert (after - mine).abs().max() < 1e-4 and (before - mine).abs().max() > 0.1
     assert {path.name for path in (tmp_path / "step_000002").glob("*.safetensors")} == {"adapter_model.safetensors"}
+
+
+def test_adapters_stay_fp32_beside_bf16_weights(tmp_path):
+    pytest.importorskip("peft")
+    policy = Policy(cards.BASE, "cpu", "bf16", lora=3)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    policy.save(tmp_path / "step_000002", {"step": 2})
+    again = Policy(tmp_path / "step_000002", "cpu", "bf16")
+    assert all(torch.equal(*pair) for pair in zip(policy.parameters(), again.parameters()))
+    assert {p.dtype for p in again.parameters()} == {torch.float32} and again.model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_a_lora_run_resumes_to_the_same_bits(command, tmp_path):

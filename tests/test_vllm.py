@@ -121,13 +121,26 @@ def test_three_syncs(sampler, saved, prompts, lora):
         assert parity(sampler, policy, prompts) < 1e-4 and sampler.difference < 1e-4
 
 
-def test_a_broken_sync_is_caught(sampler, saved, prompts, monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "size", "message"),
+    [  # a step that no log-prob shows, and one in weights that vLLM lays out in its own way
+        ("embed_tokens", 1e-7, r"embed_tokens.weight holds -?\d\.\d+ there and -?\d\.\d+ here. The sync failed"),
+        ("o_proj", 1.0, r"its log-prob is -\d+\.\d+, the trainer's -\d+\.\d+\. The sync failed"),
+    ],
+)
+def test_a_broken_sync_is_caught(sampler, saved, prompts, monkeypatch, part, size, message):
     policy = Policy(saved, "cpu")
     sampler.sync(policy, prompts[:2], 1.0)
-    perturb(policy, 9)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if part in name:
+                parameter.add_(size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     with monkeypatch.context() as broken:
-        broken.setattr(sampler.llm, "collective_rpc", lambda *words, **options: None)
-        with pytest.raises(RuntimeError, match=r"log-prob is -\d+\.\d+, the trainer's -\d+\.\d+\. The sync failed"):
+        broken.setattr(sampler.llm, "collective_rpc", lambda *words, **options: [{}])
+        broken.setattr(
+            sampler.llm, "apply_model", lambda read: [read(sampler.llm.llm_engine.model_executor.driver_worker.get_model())]
+        )
+        with pytest.raises(RuntimeError, match=message):
             sampler.sync(policy, prompts[:2], 1.0)
     sampler.sync(policy, prompts[:2], 1.0)
 
@@ -173,6 +186,20 @@ def test_prompts_that_are_expanded_already_are_caught(sampler, prompts, monkeypa
     monkeypatch.setattr(vllm_sampler, "placeholder_ids", lambda *words: inputs.token_ids)
     with pytest.raises(RuntimeError, match=f"vLLM read .* tokens where the trainer reads {len(inputs.token_ids)}"):
         sampler.sample(prompts[:1], 1, 5, 1.0, seed=1)
+
+
+def test_evaluate_a_checkpoint_of_adapters(command, saved, tmp_path):
+    policy = Policy(saved, "cpu", lora=4)
+    perturb(policy, 2)
+    policy.save(tmp_path / "adapters", {"step": 2})
+    for name in ("hf", "vllm"):
+        command("evaluate.py", "--model", tmp_path / "adapters", "--sampler", name, "--benchmarks", "cards", "--limit", "2", "--samples", "4",
+                "--temperature", "0.01", "--max-new-tokens", "40", "--out", tmp_path / name)  # fmt: skip
+    first, second = (
+        [line["responses"] for line in read_jsonl(tmp_path / name / "predictions.jsonl") if "responses" in line]
+        for name in ("hf", "vllm")
+    )
+    assert first == second and len(first) == 2  # as good as greedy, so that both say the same
 
 
 def test_evaluate_through_vllm(command, saved, tmp_path):
