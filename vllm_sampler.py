@@ -6,7 +6,7 @@ Four traps of sampling a Qwen3-VL with it are closed here:
 - log-probs are the processed ones, of the distribution that is sampled at this temperature, not the raw ones;
 - vision tokens are never sampled, as in `Policy.adjust`;
 - weights that stayed behind: `sync` gives vLLM the trainer's after every update, in this process and without a file, empties every
-  cache, and compares the log-probs of both sides on a probe.
+  cache, and compares weights, and the log-probs of both sides on a probe.
 
 requirements-vllm.txt says how to install it, also on a CPU.
 """
@@ -129,11 +129,12 @@ class VLLMSampler:
         theirs = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
         for name, weight in policy.model.state_dict().items():
             if name.endswith(("embed_tokens.weight", "layernorm.weight", "language_model.norm.weight")):
-                other = theirs[name.replace("model.language_model.", "language_model.model.", 1)]
-                if (differ := (other[: len(weight)] != weight.to(other.device)).flatten().nonzero()).numel():
-                    place = differ[0].item()
-                    raise RuntimeError(f"vLLM does not have the trainer's weights: {name} holds {other.flatten()[place].item()} there and "
-                                       f"{weight.flatten()[place].item()} here. The sync failed; take --sampler hf, and report it")  # fmt: skip
+                other = theirs[name.replace("model.language_model.", "language_model.model.", 1)][: len(weight)].to(
+                    weight.device
+                )
+                if (differ := other != weight).any():
+                    raise RuntimeError(f"vLLM does not have the trainer's weights: {name} holds {other[differ][0].item()} there and "
+                                       f"{weight[differ][0].item()} here. The sync failed; take --sampler hf, and report it")  # fmt: skip
 
 
 ENGINE: dict[tuple, VLLMSampler] = {}  # at most one: a second would find the card full
