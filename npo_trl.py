@@ -241,7 +241,7 @@ def make_trainer(arguments: Arguments, config: NPOConfig) -> NPOTrainer:
     ours = npo.NPOConfig(
         model=arguments.model, dataset=arguments.dataset, columns=arguments.columns, guide=arguments.guide,
         guide_samples=arguments.guide_samples, max_new_tokens=config.max_completion_length, temperature=config.temperature,
-        prompts_per_step=32, seed=config.seed, device="cpu" if config.use_cpu else "auto",
+        prompts_per_step=32, seed=config.seed, device="cpu" if config.use_cpu else "auto", sampler="hf",
     )  # fmt: skip
     path = model_path(ours)
     prompts, _ = load_config_prompts(ours)
