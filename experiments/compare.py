@@ -120,9 +120,9 @@ def plane(seed: int, runs: Path) -> None:
     from signal_curve import distributions, gradient_variance, group_gradient, sample
 
     import cards
+    from command import load_config_prompts
     from npo import NPOConfig, replace_slot
     from policy import Policy
-    from run import load_config_prompts
 
     config, run = NPOConfig(seed=seed), ROOT / runs / f"grpo-{seed}"
     train_prompts, _ = load_config_prompts(config)
