@@ -13,8 +13,8 @@ becomes the guide of its own past:
        D*    = argmax Q^(D) / V^(D)
 
 5. *Execution*: the current policy's verified answers to the prompts that failed within D* go to a guide cache; weights (and the
-   optimizer, where it was kept) go back to t - D*; the same steps are taken again, with npo.py's slot replacement for those prompts. Then plain GRPO goes on, and for some
-   steps nothing can trigger.                                                                         intervene
+   optimizer, where it was kept) go back to t - D*; the same steps are taken again, with npo.py's slot replacement for those prompts.
+   Then plain GRPO goes on, and for some steps nothing can trigger.                                                    intervene
 
 A run that never triggers is GRPO to the bit. Each decision is printed and logged with its reason and its table of D, Q^, V^, S^.
 

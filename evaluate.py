@@ -255,7 +255,7 @@ def score(name: str, lines: list[dict]) -> dict:
             reasons[line["malformed"]] = reasons.get(line["malformed"], 0) + 1
     for line in asked:
         units.setdefault(line["unit"], []).append(line)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # what takes time is math-verify, a process for each thread
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # what takes time is math-verify, a process for each thread
         rights = pool.map(lambda line: [benchmark.right(line, response) for response in line["responses"]], asked)
         rights = list(tqdm(rights, f"scoring {name}", len(asked), delay=3, unit="item"))
     verdicts_of = {line["id"]: right for line, right in zip(asked, rights)}
@@ -359,8 +359,11 @@ def main(config: EvaluateConfig) -> None:
         if config.sampler == "vllm":
             model = model_path(config)
             sampler = vllm_sampler.VLLMSampler(whole_model(model), config.max_new_tokens, config.dtype)
-            if whole_model(model) != model:  # of adapters: to be merged
-                sampler.sync(Policy(model, config.device, config.dtype), [PROBE], config.temperature)
+            if whole_model(model) != model:  # of adapters: to be merged, not on the card, which vLLM has taken
+                merged = Policy(
+                    model, "cpu", ("bf16" if torch.cuda.is_available() else "fp32") if config.dtype == "auto" else config.dtype
+                )
+                sampler.sync(merged, [PROBE], config.temperature)
         else:
             sampler = Policy(model_path(config), config.device, config.dtype)
         for name in config.names():

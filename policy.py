@@ -61,9 +61,7 @@ class Completion:
     source: str = "policy"  # or "guide@40": the guide's step
     accuracy: float | None = None  # accuracy and reward are the verifier's to fill in
     reward: float | None = None
-    trainer_logprobs: list[float] | None = (
-        None  # where vLLM sampled: the trainer's own before the first update, grpo.py's to fill in
-    )
+    trainer_logprobs: list[float] | None = None  # where vLLM sampled: the trainer's own, grpo.py's to fill in
 
 
 @dataclass
