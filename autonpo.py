@@ -1,26 +1,34 @@
-"""AutoNPO: NPO that decides by itself when to roll back, and how far (the paper's section on AutoNPO, from notes of it).
+"""AutoNPO: NPO that decides by itself when to roll back, and how far (arXiv
+2604.20733, from notes on its section on AutoNPO).
 
-npo.py goes ahead once, by hand. Here one GRPO run watches itself, and each time that it has stopped learning, its *current* policy
-becomes the guide of its own past:
+npo.py goes ahead once, when told to. Here one GRPO run watches itself. Each
+time that it has stopped learning, its *current* policy becomes the guide of
+its own past:
 
-1. Prompts with a very low pass-rate go to a *mistake pool*, with the step at which they failed.       MistakePool
-2. *Warning*: the moving average of the reward stagnates, and that of the entropy has fallen.          Monitor
-3. *Confirmation*: the current policy answers some of the pool's prompts. Does it solve them now?      probe
-4. *Rollback distance*, over the checkpoints that are still there, all from those same answers:        select_rollback
+1. Prompts with a very low pass-rate enter a *mistake pool*, with the step at
+   which they failed.                                               MistakePool
+2. *Warning*: the moving average of the reward stagnates, and that of the
+   entropy has fallen.                                              Monitor
+3. *Confirmation*: the current policy answers some of the pool's prompts.
+   Does it solve them now?                                          probe
+4. *Rollback distance*, over the checkpoints still on disk, from the same
+   answers (a mean per token: a whole sequence's KL would drown Q): select_rollback
 
        Q^(D) = pass-rate on the prompts that failed within the last D steps
-       V^(D) = exp(mean per-token KL(pi(t) || pi(t-D)))        (a per-token mean: a sequence's KL would drown Q)
+       V^(D) = exp(mean per-token KL(pi(t) || pi(t-D)))
        D*    = argmax Q^(D) / V^(D)
 
-5. *Execution*: the current policy's verified answers to the prompts that failed within D* go to a guide cache; weights (and the
-   optimizer, where it was kept) go back to t - D*; the same steps are taken again, with npo.py's slot replacement for those prompts.
-   Then plain GRPO goes on, and for some steps nothing can trigger.                                                    intervene
+5. *Execution*: the current policy's verified answers to the prompts that
+   failed within D* fill a guide cache. Weights and optimizer go back to
+   t - D*, and the same steps are taken again with npo.py's slot replacement.
+   Then plain GRPO continues; for some steps nothing can trigger.   intervene
 
-A run that never triggers is GRPO to the bit. Each decision is printed and logged with its reason and its table of D, Q^, V^, S^.
+A run that never triggers is GRPO to the last bit. Release from the pool,
+cadence, ties, and that the optimizer goes back are not in our sources.
 
-    python autonpo.py                                        # the embedded cards world, on a laptop
+    python autonpo.py                                 # the cards world
     python autonpo.py --model Qwen/Qwen3-VL-8B-Instruct --out runs/8b-auto
-    python signal_theory.py --run runs/autonpo               # its measured Q, V and S beside the theory's
+    python signal_theory.py --run runs/autonpo        # its Q, V, S in a figure
 """
 
 import math
@@ -32,100 +40,68 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import report
 import verifier
-from command import command_line, say
 from grpo import update
-from npo import NPOConfig, build_cache, guide_use, load_cache, pass_rate, replace_slot, without_is_correction
-from policy import Group, Policy
-from run import (
-    Run,
-    answer_metrics,
-    checkpoint_path,
-    checkpoint_state,
-    checkpoints,
-    derived_seed,
-    remove_checkpoint,
-    rows_of_step,
-)
+from npo import GuidedConfig, replace_slot
+from plumbing.checkpoints import checkpoint_path, checkpoint_state, checkpoints, step_of
+from plumbing.command import command_line
+from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
+from plumbing.metrics import answer_metrics
+from plumbing.model import Policy
+from plumbing.report import report
+from plumbing.rollout import Group, batched
+from plumbing.run import Run, derived_seed, sampled_tokens
+from plumbing.settings import within
 from signal_theory import signal
-from tasks import UsageError
+
+# Not in our sources, like the defaults below
+POOL_SIZE = 512  # prompts in the pool; beyond it the oldest are dropped
+EMA_STEPS = 10  # that a moving average spans; its decay is 1 - 1/10
+MIN_SLICE = 8  # probed prompts without which a distance's Q is unknown
 
 
 @dataclass
-class AutoNPOConfig(NPOConfig):
+class AutoNPOConfig(GuidedConfig):
     out: str = "runs/autonpo"  # run directory; the same command resumes it
-    steps: int = 300  # training steps of the policy that there is in the end; those taken back come on top
+    steps: int = 300  # of the final policy; steps that are rolled back are extra
     eval_every: int = 10  # steps between evaluations
-    save_every: int = 10  # steps between checkpoints, between looks at the warning, and between distances D
-    # Mistake pool
-    mistake_pass_rate: float = 0.25  # a prompt enters the pool at a pass-rate of at most this; not specified by the paper
-    pool_size: int = 512  # prompts in the pool; beyond it the oldest go; not specified by the paper
-    max_distance: int = 100  # largest D; older prompts and checkpoints are dropped; not specified by the paper
-    # Warning
-    ema_decay: float = 0.9  # of the moving averages of reward and entropy; not specified by the paper
-    patience: int = 20  # steps without a gain of --min-gain after which the reward stagnates; not specified by the paper
-    min_gain: float = 0.0  # what the average reward has to gain [0.04 for cards, else 0.01]; not specified by the paper
-    entropy_drop: float = 0.3  # share of its peak that the average entropy has to have lost; not specified by the paper
-    # Confirmation
-    probe_prompts: int = 128  # prompts of the pool that the probe asks; not specified by the paper
-    probe_samples: int = 4  # answers to each; not specified by the paper
-    confirm_pass_rate: float = 0.2  # mean pass-rate from which they count as solved; not specified by the paper
-    min_slice: int = 8  # probed prompts without which a distance's Q is unknown; not specified by the paper
-    cooldown: int = 30  # steps after a probe, or after a guided segment, without a warning; not specified by the paper
-    # What npo.py is told by hand and AutoNPO decides: no flags
-    intervention: str = field(init=False, default="auto")
-    scout_steps: int = field(init=False, default=NPOConfig.scout_steps)
-    plateau_start: int = field(init=False, default=NPOConfig.plateau_start)
-    plateau_end: int = field(init=False, default=NPOConfig.plateau_end)
-    guide: str = field(init=False, default=NPOConfig.guide)
-    guided_until: int = field(init=False, default=NPOConfig.guided_until)
-    keep: str = field(init=False, default="all")  # those up to --max-distance back
-
-    def __post_init__(self):
-        steps = self.steps  # NPOConfig takes 0 for a default
-        super().__post_init__()
-        self.steps = steps
-        self.min_gain = self.min_gain or (0.04 if self.dataset == "cards" else 0.01)
+    save_every: int = 10  # steps between checkpoints, warnings and distances D
+    # Trigger
+    mistake_pass_rate: float = 0.25  # a prompt enters the pool up to this; not in our sources
+    max_distance: int = 100  # largest D that is considered; not in our sources
+    patience: int = 20  # steps without a gain, then reward stagnates; not in our sources
+    min_gain: float | None = None  # of reward [cards 0.04, else 0.01]; not in our sources
+    entropy_drop: float = 0.3  # share of its peak that entropy loses; not in our sources
+    probe_prompts: int = 128  # of the pool, asked to confirm; not in our sources
+    probe_samples: int = 4  # answers to each; not in our sources
+    confirm_pass_rate: float = 0.2  # mean, from which they count as solved; not in our sources
+    cooldown: int = 30  # steps without a warning after a probe or replay; not in our sources
 
     def check(self) -> None:
         super().check()
-        for name in ("pool_size", "max_distance", "patience", "probe_prompts", "probe_samples", "min_slice", "cooldown"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if not self.min_gain > 0:
-            raise UsageError(f"--min-gain {self.min_gain}: must be above 0")
-        if self.min_slice > self.probe_prompts:
-            raise UsageError(
-                f"--min-slice {self.min_slice}: the probe asks fewer prompts than that, --probe-prompts {self.probe_prompts}"
-            )
-        for name in ("mistake_pass_rate", "ema_decay", "entropy_drop", "confirm_pass_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0 and below 1")
-        if self.max_distance < self.save_every:
-            raise UsageError(f"--max-distance {self.max_distance}: no checkpoint lies that near; take at least --save-every "
-                             f"{self.save_every}")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is remembered of the run: both are rolled back with it, and travel in its checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+        for name in ("patience", "probe_samples", "cooldown"):
+            within(self, name, least=1)
+        within(self, "probe_prompts", least=MIN_SLICE)
+        within(self, "max_distance", least=self.save_every)  # nearer, no checkpoint lies
+        within(self, "min_gain", above=0)
+        for name in ("mistake_pass_rate", "entropy_drop", "confirm_pass_rate"):
+            within(self, name, least=0, below=1)
 
 
 @dataclass
 class MistakePool:
-    """Prompts that the policy failed lately: row in the data set -> step of its last failure, the oldest first."""
+    """Prompts that the policy failed lately: {row: step of its last failure}, oldest first."""
 
     failed_at: dict[int, int] = field(default_factory=dict)
 
     def observe(self, step: int, pass_rates: dict[int, float], config: AutoNPOConfig) -> None:
-        """One step's pass-rates by row: admits failures, releases what is solved now, drops what is too old or too much."""
+        """Admits a step's failures, releases what is solved now, drops what is too old."""
         for row, solved in pass_rates.items():
             self.failed_at.pop(row, None)
             if solved <= config.mistake_pass_rate:
                 self.failed_at[row] = step
-        young = [(row, at) for row, at in self.failed_at.items() if at > step - config.max_distance]
-        self.failed_at = dict(young[-config.pool_size :])
+        young = {row: self.failed_at[row] for row in self.since(step - config.max_distance)}
+        self.failed_at = dict(list(young.items())[-POOL_SIZE:])
 
     def since(self, step: int) -> list[int]:
         """Rows that failed after `step`."""
@@ -134,201 +110,219 @@ class MistakePool:
 
 @dataclass
 class Monitor:
-    """Moving averages of the run's reward and entropy, and whether they give warning."""
+    """Moving averages of reward and entropy, and whether they give warning."""
 
-    seen: int = 0
+    seen: int = 0  # steps
     reward: float = 0.0
     entropy: float = 0.0
     best_reward: float | None = None  # the average at its last gain of `min_gain` ...
     best_step: int = 0  # ... and when that was
-    peak_entropy: float = 0.0  # so far
+    peak_entropy: float = 0.0  # of the average, so far
     quiet_until: int = 0
 
     def observe(self, step: int, reward: float, entropy: float, config: AutoNPOConfig) -> None:
         self.seen += 1
-        span = round(1 / (1 - config.ema_decay))  # steps that a moving average averages; before as many, it is their plain mean
-        rate = 1 / min(self.seen, span)
+        rate = 1 / min(self.seen, EMA_STEPS)  # at first a plain mean
         self.reward += rate * (reward - self.reward)
         self.entropy += rate * (entropy - self.entropy)
-        if self.seen >= span:
+        if self.seen >= EMA_STEPS:
             self.peak_entropy = max(self.peak_entropy, self.entropy)
-            if self.best_reward is None or self.reward >= self.best_reward + config.min_gain:
+            best = self.best_reward
+            if best is None or self.reward >= best + config.min_gain:
                 self.best_reward, self.best_step = self.reward, step
 
+    # EXPERIMENT HERE: the trigger.
     def warning(self, step: int, config: AutoNPOConfig) -> str | None:
-        """Why there is a warning after this step, in words; None: there is none."""
-        if step <= self.quiet_until or self.best_reward is None or step - self.best_step < config.patience:
+        """Why there is a warning after this step, in words; None if there is none."""
+        if step <= self.quiet_until or self.best_reward is None:
             return None
-        fallen = 1 - self.entropy / self.peak_entropy if self.peak_entropy > 0 else 0.0
-        if fallen < config.entropy_drop:
+        peak = self.peak_entropy
+        fallen = 1 - self.entropy / peak if peak > 0 else 0.0
+        if step - self.best_step < config.patience or fallen < config.entropy_drop:
             return None
-        return (f"reward average {self.reward:.3f}, no gain of {config.min_gain:g} since step {self.best_step}; "
-                f"entropy {self.entropy:.3f}, {fallen:.0%} below its peak {self.peak_entropy:.3f}")  # fmt: skip
+        gain = f"no gain of {config.min_gain:g} since step {self.best_step}"
+        entropy = f"entropy {self.entropy:.3f}, {fallen:.0%} below its peak {peak:.3f}"
+        return f"reward average {self.reward:.3f}, {gain}; {entropy}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Confirmation, and how far back
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Memory:
+    """Pool, monitor and the cache in use: one value, which is rolled back with the run."""
 
+    pool: MistakePool
+    monitor: Monitor
+    cache: GuideCache
 
-def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> int:
-    """D* = argmax Q^(D) / V^(D) over the distances in both; of equals the nearest, which takes back least.
+    @classmethod
+    def of(cls, stored: dict, out: Path, config: AutoNPOConfig) -> "Memory":
+        """As a checkpoint holds it; all new where it holds none."""
+        pool, cache = MistakePool(dict(stored.get("pool", []))), GuideCache()
+        if until := stored.get("guided_until"):
+            path = cache_path(out, until)
+            cache = load_guide_cache(path, config, with_logprobs=config.is_correction)
+        return cls(pool, Monitor(**stored.get("monitor", {})), cache)
 
-    0, stay: there is no candidate, or at none of them is anything solved.
-    """
-    signals = {distance: signal(quality[distance], variance[distance]) for distance in sorted(quality.keys() & variance.keys())}
-    best = max(signals, key=signals.get, default=0)
-    return best if best and signals[best] > 0 else 0
+    def stored(self) -> dict:
+        pool, monitor = list(self.pool.failed_at.items()), asdict(self.monitor)
+        return {"pool": pool, "monitor": monitor, "guided_until": self.cache.until}
 
-
-@torch.no_grad()
-def token_kl(groups: list[Group], path: Path, config: AutoNPOConfig) -> float:
-    """Mean per-token KL(pi(t) || old), in nats, from answers that pi(t) sampled: the mean of log pi(t) - log old over their tokens.
-
-    `path` is the old policy's checkpoint.
-    """
-    old = Policy(path, config.device, config.dtype)
-    rows = [(group.inputs, c) for group in groups for c in group.completions]
-    total = 0.0
-    for first in range(0, len(rows), config.micro_batch_size):
-        some = rows[first : first + config.micro_batch_size]
-        logprobs, _ = old.logprobs(
-            [(inputs, c.token_ids) for inputs, c in some], config.temperature
-        )  # (B, T), 0 in the padding
-        total += sum(sum(c.behavior_logprobs) for _, c in some) - logprobs.double().sum().item()
-    return total / sum(len(c.token_ids) for _, c in rows)
-
-
-def probe(run: Run, pool: MistakePool, config: AutoNPOConfig) -> tuple[list[int], list[Group]]:
-    """The current policy's answers to some of the pool's prompts, drawn at random."""
-    known = sorted(pool.failed_at)
-    rows = random.Random(derived_seed(config.seed, "probe", run.step)).sample(known, min(config.probe_prompts, len(known)))
-    groups, size = [], max(1, config.prompts_per_step * config.group_size // config.probe_samples)  # as many as in a step
-    for first in tqdm(range(0, len(rows), size), desc="probe", leave=False, delay=3):
-        prompts = [run.train_prompts[row] for row in rows[first : first + size]]
-        seed = derived_seed(config.seed, "probe", run.step, first)
-        groups += run.sampler.sample(prompts, config.probe_samples, config.max_new_tokens, config.temperature, seed)
-    verifier.score(groups)
-    run.sampled_tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
-    return rows, groups
-
-
-def decide(run: Run, pool: MistakePool, config: AutoNPOConfig) -> dict:
-    """The probe and what follows from it: the decision's log line, but for what it does."""
-    rows, groups = probe(run, pool, config)
-    pass_rates = {row: pass_rate(group) for row, group in zip(rows, groups)}
-    overall = statistics.fmean(pass_rates.values()) if rows else 0.0
-    line = {"autonpo/probed": len(rows), "autonpo/pass_rate": overall, "autonpo/distance": 0, "autonpo/table": []}
-    if overall < config.confirm_pass_rate or not rows:
-        return line | {"autonpo/decision": f"stay: of {len(rows)} mistakes probed the policy solves {overall:.2f}, "
-                                           f"below {config.confirm_pass_rate:g}"}  # fmt: skip
-    count, quality, variance = {}, {}, {}
-    for path in tqdm(checkpoints(run.out), desc="V^ of each checkpoint", leave=False, delay=3):
-        distance = run.step - int(path.name.removeprefix("step_"))
-        sliced = [pass_rates[row] for row in pool.since(run.step - distance) if row in pass_rates]
-        if 0 < distance <= config.max_distance and len(sliced) >= config.min_slice:
-            count[distance], quality[distance] = len(sliced), statistics.fmean(sliced)
-            variance[distance] = math.exp(token_kl(groups, path, config))
-    best = select_rollback(quality, variance)
-    line["autonpo/distance"] = best
-    for d in sorted(quality):
-        row = {"distance": d, "prompts": count[d], "quality": quality[d], "variance": variance[d]}
-        line["autonpo/table"].append(row | {"signal": signal(quality[d], variance[d])})
-    if not best:
-        unknown = f"no checkpoint has {config.min_slice} probed mistakes after it"
-        why = "at no distance is anything solved" if quality else unknown
-        return line | {"autonpo/decision": f"stay: {why}"}
-    return line | {"autonpo/decision": f"back to step {run.step - best}, D* = {best}"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Execution
-# ---------------------------------------------------------------------------------------------------------------------
+    def observe(self, step: int, rows: list[int], groups: list[Group], config) -> dict:
+        """Takes in a step; returns what is logged of it."""
+        rates = {row: group.pass_rate for row, group in zip(rows, groups)}
+        self.pool.observe(step, rates, config)
+        own = answer_metrics(groups)
+        self.monitor.observe(step, own["reward"], own["entropy"], config)
+        return {
+            "autonpo/reward": self.monitor.reward,
+            "autonpo/entropy": self.monitor.entropy,
+            "autonpo/pool": len(self.pool.failed_at),
+        }
 
 
 def cache_path(out: Path, guide_step: int) -> Path:
     return out / f"guide_{guide_step:06d}.jsonl"
 
 
-def intervene(run: Run, pool: MistakePool, monitor: Monitor, reason: str, config: AutoNPOConfig) -> None:
-    """Decides, says so, and rolls back if that is the decision. A kill anywhere in here, and the same is decided again."""
-    now, line = run.step, {"step": run.step + 1, "autonpo/step": run.step, "autonpo/reason": reason}
-    line |= decide(run, pool, config)
-    if distance := line["autonpo/distance"]:
-        rows, path = pool.since(now - distance), cache_path(run.out, now)
-        build_cache(config, checkpoint_path(run.out, now), now - distance + 1, now, path, rows, run.sampler)
-        _, cache, tokens = load_cache(config, path)
-        run.sampled_tokens += tokens
-        if cache:
-            line["autonpo/decision"] += f", guided on {len(cache)} of {len(rows)} mistakes until step {now}"
-        else:
-            distance = line["autonpo/distance"] = 0
-            line["autonpo/decision"] = f"stay: asked for the cache, the policy solves none of {len(rows)} mistakes"
-    run.log(line | {"sampled_tokens": run.sampled_tokens})
-    say(described(line))
-    if not distance:
-        monitor.quiet_until = now + config.cooldown
-        return
-    memory = checkpoint_state(checkpoint_path(run.out, now - distance))["memory"]
-    memory["monitor"]["quiet_until"] = now + config.cooldown
-    run.roll_back(now - distance, memory | {"guided_until": now})
+# EXPERIMENT HERE: the criterion.
+def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> int:
+    """D* = argmax Q^(D) / V^(D) over the distances in both; of equals the nearest.
+
+    0 means stay: there is no candidate, or nothing is solved at any of them.
+    """
+    both = sorted(quality.keys() & variance.keys())
+    signals = {d: signal(quality[d], variance[d]) for d in both}
+    best = max(signals, key=signals.get, default=0)
+    return best if best and signals[best] > 0 else 0
 
 
-def described(line: dict) -> str:
-    """A decision's log line in words."""
-    text = [f"after step {line['autonpo/step']}: warning: {line['autonpo/reason']}",
-            f"  probe of {line['autonpo/probed']} mistakes: {line['autonpo/pass_rate']:.2f} solved"]  # fmt: skip
-    for row in line["autonpo/table"]:
-        text.append(f"  D {row['distance']:4d}   Q^ {row['quality']:.3f} of {row['prompts']:3d} prompts   "
-                    f"V^ {row['variance']:.4f}   S^ {row['signal']:.3f}")  # fmt: skip
-    return "\n".join([*text, f"  {line['autonpo/decision']}"])
+@torch.no_grad()
+def token_kl(groups: list[Group], old_path: Path, config: AutoNPOConfig) -> float:
+    """Mean per-token KL(pi(t) || old) in nats, over tokens that pi(t) sampled."""
+    old = Policy(old_path, config.device, config.dtype)
+    rows, total = [(group.encoded, c) for group in groups for c in group.completions], 0.0
+    for some in batched(rows, config.micro_batch_size):
+        asked = [(encoded, c.token_ids) for encoded, c in some]
+        logprobs, _ = old.logprobs(asked, config.temperature)  # (B, T), 0 in the padding
+        now = sum(sum(c.behavior_logprobs) for _, c in some)
+        total += now - logprobs.double().sum().item()
+    return total / sampled_tokens(groups)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def probe(run: Run, pool: MistakePool, config: AutoNPOConfig) -> dict[int, Group]:
+    """The current policy's scored answers to some of the pool's prompts, by row."""
+    known, chance = sorted(pool.failed_at), derived_seed(config.seed, "probe", run.step)
+    rows = random.Random(chance).sample(known, min(config.probe_prompts, len(known)))
+    asked = run.ask(run.train_prompts, rows, config.probe_samples, "probe", run.step)
+    groups = dict(zip(rows, asked))
+    run.sampled_tokens += sampled_tokens(groups.values())
+    return groups
 
 
-def recall(memory: dict) -> tuple[MistakePool, Monitor, int]:
-    """Pool, monitor and the last guided step, as a checkpoint holds them; all new where it holds none."""
-    pool = MistakePool(dict(memory.get("pool", [])))
-    return pool, Monitor(**memory.get("monitor", {})), memory.get("guided_until", 0)
+@dataclass
+class Decision:
+    """What was decided after a step, and why."""
+
+    step: int
+    reason: str  # of the warning
+    probed: int  # mistakes asked
+    pass_rate: float  # of them
+    table: list[dict] = field(default_factory=list)  # distance, prompts, Q^, V^, S^
+    distance: int = 0  # D*; 0 means stay
+    decision: str = ""  # in words
+
+    def __str__(self) -> str:
+        rows = [
+            f"  D {row['distance']:4d}   Q^ {row['quality']:.3f} of {row['prompts']:3d} prompts"
+            f"   V^ {row['variance']:.4f}   S^ {row['signal']:.3f}\n"
+            for row in self.table
+        ]
+        return (
+            f"after step {self.step}: warning: {self.reason}\n"
+            f"  probe of {self.probed} mistakes: {self.pass_rate:.2f} solved\n"
+            f"{''.join(rows)}  {self.decision}"
+        )
+
+
+def decide(run: Run, pool: MistakePool, reason: str, config: AutoNPOConfig) -> Decision:
+    """Steps 3 and 4 of the docstring."""
+    groups = probe(run, pool, config)
+    rates = {row: group.pass_rate for row, group in groups.items()}
+    solved = statistics.fmean(rates.values()) if rates else 0.0
+    made = Decision(run.step, reason, len(rates), solved)
+    if solved < config.confirm_pass_rate:
+        made.decision = f"stay: fewer than {config.confirm_pass_rate:.0%} of them are solved"
+        return made
+    quality, variance = {}, {}
+    for path in tqdm(checkpoints(run.out)[::-1], desc="V^", leave=False, delay=3):
+        distance = run.step - step_of(path)
+        of_slice = [rates[row] for row in pool.since(step_of(path)) if row in rates]
+        if 0 < distance <= config.max_distance and len(of_slice) >= MIN_SLICE:
+            quality[distance] = q = statistics.fmean(of_slice)
+            variance[distance] = v = math.exp(token_kl(list(groups.values()), path, config))
+            row = {"distance": distance, "prompts": len(of_slice), "quality": q, "variance": v}
+            made.table.append(row | {"signal": signal(q, v)})
+    made.distance = select_rollback(quality, variance)
+    if made.distance:
+        made.decision = f"back to step {run.step - made.distance}, D* = {made.distance}"
+    elif made.table:
+        made.decision = "stay: at no distance is anything solved"
+    else:
+        made.decision = f"stay: no checkpoint has {MIN_SLICE} probed mistakes after it"
+    return made
+
+
+def intervene(run: Run, memory: Memory, reason: str, config: AutoNPOConfig) -> Memory:
+    """Decides, says so, and rolls back if that is the decision; returns what to go on with.
+
+    Deterministic: after a kill anywhere in here the same decision is made again.
+    """
+    now, made = run.step, decide(run, memory.pool, reason, config)
+    start = checkpoint_path(run.out, now - made.distance)
+    if made.distance:
+        rows, guide = memory.pool.since(step_of(start)), checkpoint_path(run.out, now)
+        path = cache_path(run.out, now)
+        build_guide_cache(path, config, guide, rows, now, sampler=run.sampler)
+        cache = load_guide_cache(path, config)
+        run.sampled_tokens += cache.sampled_tokens
+        answered = f"{len(cache.answers)} of {len(rows)} mistakes"
+        made.decision += f", guided on {answered} until step {now}"
+        if not cache.answers:
+            made.distance = 0
+            made.decision = f"stay: asked again, the policy solves {answered}"
+    logged = {f"autonpo/{name}": value for name, value in asdict(made).items()}
+    run.log({"step": now + 1, **logged, "sampled_tokens": run.sampled_tokens})
+    tqdm.write(str(made))
+    if not made.distance:
+        memory.monitor.quiet_until = now + config.cooldown
+        return memory
+    stored = checkpoint_state(start)["memory"] | {"guided_until": now}
+    stored["monitor"]["quiet_until"] = now + config.cooldown
+    run.roll_back(step_of(start), stored)
+    return Memory.of(stored, run.out, config)
 
 
 def train(config: AutoNPOConfig, out: Path) -> None:
-    with Run(config, out) as run:
-        if run.step == 0 and not checkpoints(out):
-            run.memory = {"pool": [], "monitor": {}, "guided_until": 0}
-            run.save()  # the base, too, can be gone back to
-        rollbacks = None
-        for step in run.steps():
-            if rollbacks != run.rollbacks:
-                rollbacks, (pool, monitor, until) = run.rollbacks, recall(run.memory)
-                cache = load_cache(config, cache_path(out, until))[1] if until else {}
-            if run.step % config.save_every == 0 and (reason := monitor.warning(run.step, config)):
-                intervene(run, pool, monitor, reason, config)
-                if rollbacks != run.rollbacks:
-                    continue  # with the step after the one gone back to
+    with Run(config, out, keep_back=config.max_distance) as run:
+        memory = Memory.of(run.memory, out, config)
+        run.save_start(memory.stored())  # the base, too, can be gone back to
+        for _ in run.steps():
+            reason = memory.monitor.warning(run.step, config)
+            if reason and run.step % config.save_every == 0:
+                memory = intervene(run, memory, reason, config)  # may take run.step back
+            step = run.step + 1
             groups = run.sample(step)  # P groups of G completions
             verifier.score(groups)
-            guides = [cache.get(group.prompt.id) if step <= until else None for group in groups]
-            mixed = [replace_slot(group, guide, config.gate) for group, guide in zip(groups, guides)]
-            if not config.is_correction:
-                mixed = without_is_correction(mixed, run.policy, config)
+            guides = [memory.cache.answer(group.prompt.id, step) for group in groups]
+            mixed = [replace_slot(g, guide, config.gate) for g, guide in zip(groups, guides)]
             stats = update(run.policy, run.optimizer, mixed, config)
-            rows, own = rows_of_step(len(run.train_prompts), step, config), answer_metrics(groups)
-            pool.observe(step, {row: pass_rate(group) for row, group in zip(rows, groups)}, config)
-            monitor.observe(step, own["reward"], own["entropy"], config)
-            run.memory = {"pool": list(pool.failed_at.items()), "monitor": asdict(monitor), "guided_until": until}
-            stats |= {"autonpo/reward": monitor.reward, "autonpo/entropy": monitor.entropy, "autonpo/pool": len(pool.failed_at)}
-            stats |= guide_use(step, mixed) if step <= until else {}
-            run.end_step(step, groups, stats, mixed)
-            for path in checkpoints(out):
-                if path < checkpoint_path(out, step - config.max_distance):
-                    remove_checkpoint(path)  # it can no longer be chosen
+            stats |= memory.observe(step, run.rows(step), groups, config)
+            run.memory = memory.stored()
+            run.end_step(step, groups, stats, mixed if step <= memory.cache.until else None)
 
 
 def main(config: AutoNPOConfig) -> None:
     train(config, Path(config.out))
-    report.autonpo(Path(config.out))
+    report(config.out, "AutoNPO")
 
 
 if __name__ == "__main__":

@@ -1,52 +1,66 @@
-"""Why the *near* future: quality Q, variance V, the signal S = Q / V, and where it peaks (the paper's Appendix B).
+"""Why the *near* future: quality Q, variance V, and the distance D* at which S = Q / V peaks.
 
-A policy p = pi(t) learns from trajectories o of a later checkpoint q = pi(t+D) of the same run. A(o) is o's advantage.
+A policy p = pi(t) learns from the answers of a guide q = pi(t+D), a later checkpoint of its
+own run. A guide further ahead solves more of what the policy fails (Q), but the policy finds
+its answers less likely, which makes the importance weights noisy (V).
 
-Variance.  The importance-weighted policy gradient from one trajectory o ~ q is
+Of the paper's Appendix B our sources give only V <~ exp(beta D). Equations (1)-(9) are our
+reconstruction. Their letters:
 
-    (1)  g(o) = w(o) A(o) s(o),    w = p(o) / q(o),    s = grad log p(o),    E_q[g] = E_p[A s]   whatever D is:
+    t, D         training step; how many steps the guide is ahead
+    o, T, j      an answer (trajectory); its number of tokens; a token's position
+    A, w, u      advantage A(o); weight w = p(o) / q(o); score u = grad log p(o)
+    M            size of the vocabulary (V is always the variance)
+    z, d         a token's logits under p; their drift per step: q has z + D d
+    alpha, beta  rates of Q and of V, per step; k is V's near D = 0, per step squared
 
-the correction removes the bias, and pays in variance. With |A| ||s|| <= C,
+Variance. The policy gradient from one answer o, sampled from q, is
 
-    (2)  tr Cov_q(g) = E_q[w^2 A^2 ||s||^2] - ||E_q[g]||^2  <=  C^2 E_q[w^2],
-    (3)  E_q[w^2] = sum_o p(o)^2 / q(o) = E_p[w] = 1 + chi^2(p || q)   >= 1, and = 1 only for p = q.
+    (1)  g(o) = w A u,    with mean E_q[g] = E_p[A u] for every D.
 
-Assume (a) |log p(o) - log q(o)| <= L ||theta - theta'|| for every o, and (b) ||theta(t+D) - theta(t)|| <= c D. Then w <= exp(L c D)
-for every o, and so is its mean under p:
+The weight removes the bias at the price of variance. If |A| ||u|| <= C for every answer,
 
-    (4)  V(D) := E_q[w^2]  <=  exp(beta D),    beta = L c.         (squaring the bound on w instead gives the looser 2 L c)
+    (2)  tr Cov_q(g) = E_q[w^2 A^2 ||u||^2] - ||E_q[g]||^2  <=  C^2 E_q[w^2],
+    (3)  E_q[w^2] = sum_o p(o)^2 / q(o) = 1 + chi^2(p || q)  >=  1.
 
-How tight is that? For one token of a softmax policy, with logits z under p and z + D d under q (drift d a step), p^2/q is an
-exponential of z - D d, so that with the log-partition a(z) = log sum_v exp z_v
+Assume (a) |log p(o) - log q(o)| <= L ||theta(t+D) - theta(t)|| for every answer, and
+(b) ||theta(t+D) - theta(t)|| <= r D. Then w <= exp(L r D), and so is w's mean under p:
 
-    (5)  log E_q[w^2] = a(z + D d) - 2 a(z) + a(z - D d),
-    (6)  = k D^2 + O(D^4) near 0,  k = Var_p(d) (the Fisher information along the drift);    slope max d - min d far away.
+    (4)  V(D) := E_q[w^2] = E_p[w]  <=  exp(beta D),    beta = L r.
 
-So one token's *local* law is exp(k D^2), and the exponential (4), with beta = max d - min d, is what it turns into beyond D of
-about beta / k. For T tokens, each drawn given the one before it, p^2/q multiplies along the sequence, and the sum over sequences is a
-product of matrices m(a, b) = p(b|a)^2 / q(b|a), the first of them the row of the first token's p^2/q:
+How tight is this? For one token of a softmax policy, with Z(z) = sum_x exp(z_x),
 
-    (7)  E_q[w^2] = m_1 m_2 ... m_T 1:    log V grows with T, each token adding the same in the end (from the first one on, where
-                                          tokens are independent); k and beta are sums over the T tokens, and (4) holds with that beta.
+    (5)  log V = log Z(z + D d) - 2 log Z(z) + log Z(z - D d)
+    (6)        = k D^2 + O(D^4),    k = Var_p(d), the Fisher information along d.
 
-NPO's own objective weighs token by token, rho_s = p(o_s | o_<s) / q(o_s | o_<s): not unbiased as (1) is, but its variance
-does not multiply up with T. Both are enumerated below.
+So V starts as exp(k D^2), the *local* law. Far away, log V rises by max d - min d per step,
+which is this token's beta. The laws cross at D = beta / k. For T tokens, each drawn given
+the one before, V is a product of matrices (m_1, for the first token, is a row):
 
-Signal.  Q(D) is the share of p's failed prompts that q solves. Assume (c) Q(0) = 0, Q increasing, concave, differentiable; it is at
-most 1. Then (log Q)' = Q'/Q falls strictly from infinity to 0. If (d) (log V)' is positive for D > 0 and does not fall, as it
-is with (4) taken as an equality and with exp(k D^2),
+    (7)  V = m_1 m_2 ... m_T (1, ..., 1)',    m_j(x, y) = p(y | x)^2 / q(y | x).
 
-    (8)  (log S)' = Q'/Q - (log V)'   has exactly one zero D*:  S = Q/V has one maximum, its inverse V/Q is U-shaped with one minimum.
+Thus log V grows with T, in the end by the same amount per token; k and beta are sums over
+the tokens. NPO itself weights each token by p(o_j | o_<j) / q(o_j | o_<j). That is biased,
+unlike (1), but its variance does not multiply up along the answer.
 
-(The summaries of the paper call S U-shaped; it is the inverse, the cost of a unit of signal, that is.) For Q = 1 - exp(-alpha D) and
-V = exp(beta D), (8) reads alpha / (exp(alpha D) - 1) = beta:
+Signal. Q(D) is the share of the prompts failed by p that q solves. Assume (c) Q(0) = 0, and
+Q increasing, concave, differentiable: as Q <= 1, Q'/Q falls strictly from infinity to 0.
+Assume (d) log V is increasing and convex, as with exp(beta D) and exp(k D^2). Then
+
+    (8)  (log S)' = Q'/Q - (log V)'   is 0 at exactly one D*, the maximum of S.
+
+Its inverse V / Q, the cost, is U-shaped. (Summaries of the paper call S itself U-shaped.)
+A constant factor in Q or V does not move D*. If (c) or (d) fails, (8) may fail too: see
+`counter_examples`. For Q = 1 - exp(-alpha D) and V = exp(beta D),
 
     (9)  D* = ln(1 + alpha / beta) / alpha.
 
-A constant factor in front of Q or V does not move D*. Where (c) or (d) fails, so may (8): `counter_examples`.
+The reported D* is about 20 from the base and 70 in mid-training. Slower drift alone can
+explain this: D*(0.04, 0.0326) = 20, but D*(0.04, 0.00259) = 70. Slower learning alone
+cannot: as alpha falls to 0, D* rises only to 1 / beta, here 31.
 
-    python signal_theory.py                       # a table, and signal_theory.png
-    python signal_theory.py --run runs/autonpo    # with the points that an AutoNPO run has measured
+    python signal_theory.py  # two tables, and signal_theory.png
+    python signal_theory.py --run runs/autonpo  # with what an AutoNPO run measured
 """
 
 import json
@@ -56,23 +70,21 @@ from pathlib import Path
 
 import numpy
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Q, V, S, D*
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Q, V, S, D* ---------------------------------------------
 
 
 def quality(distance, alpha):
-    """Q(D) = 1 - exp(-alpha D): share of failed prompts that a guide D steps ahead solves. `alpha` is per step."""
+    """Q(D) = 1 - exp(-alpha D), the share of failed prompts that the guide solves."""
     return -numpy.expm1(-alpha * distance)
 
 
 def variance(distance, beta):
-    """V(D) = exp(beta D), equation (4) taken as an equality. `beta` is per step."""
+    """V(D) = exp(beta D): equation (4) taken as an equality."""
     return numpy.exp(beta * distance)
 
 
 def local_variance(distance, k):
-    """V(D) = exp(k D^2), equation (6). `k` is per step squared."""
+    """V(D) = exp(k D^2): equation (6)."""
     return numpy.exp(k * distance**2)
 
 
@@ -82,44 +94,34 @@ def signal(quality, variance):
 
 
 def optimal_distance(alpha: float, beta: float) -> float:
-    """D*, where S is largest: equation (9). ValueError where there is no interior maximum."""
+    """D* in steps: equation (9). ValueError where S has no interior maximum."""
     if not (alpha > 0 and beta > 0):
-        raise ValueError(f"alpha {alpha}, beta {beta}: S = Q/V has an interior maximum only where both are above 0")
+        raise ValueError(f"alpha {alpha}, beta {beta}: S peaks only if both are above 0")
     return math.log1p(alpha / beta) / alpha
 
 
 def second_moment(p, q) -> float:
-    """E_q[(p/q)^2] = sum_x p(x)^2 / q(x) of two distributions over the same x; infinite where p has mass and q none."""
+    """E_q[(p/q)^2] of p, q (N,), equation (3); infinite if only p has mass somewhere."""
     p, q = numpy.asarray(p, float), numpy.asarray(q, float)
     with numpy.errstate(divide="ignore"):
         return float(numpy.sum(p[p > 0] ** 2 / q[p > 0]))
 
 
-def golden_section(cost, low: float, high: float) -> float:
-    """Minimises a function with one minimum between `low` and `high`; it needs no derivative and no formula."""
-    shrink = (math.sqrt(5) - 1) / 2
-    left, right = high - shrink * (high - low), low + shrink * (high - low)
-    while high - low > 1e-9 * high:
-        if cost(left) < cost(right):
-            high, right = right, left
-            left = high - shrink * (high - low)
-        else:
-            low, left = left, right
-            right = low + shrink * (high - low)
-    return (low + high) / 2
-
-
 def local_maxima(values) -> list[int]:
-    """Places of the interior maxima of a curve."""
+    """Indices of the interior maxima of a curve."""
     rise = numpy.diff(values)
     return [int(i) + 1 for i in numpy.flatnonzero((rise[:-1] > 0) & (rise[1:] <= 0))]
 
 
-def counter_examples() -> dict[str, tuple[numpy.ndarray, numpy.ndarray]]:
-    """(D, S) where an assumption fails. Q not concave: two skills, learnt at different times, give two maxima. V not growing for
-    ever: where it saturates (a clip bounds every weight, say), so does S, and the farthest guide is the best."""
+def counter_examples() -> dict[str, tuple]:
+    """Curves (D, S) where an assumption fails, and with it equation (8).
+
+    (c) Two skills learnt at different times: Q is not concave, S has two maxima.
+    (d) V saturates, as with clipped weights: S rises to the end.
+    """
     distance = numpy.linspace(1, 300, 3000)
-    two_skills = 0.5 * quality(distance, 0.2) + 0.5 / (1 + numpy.exp(-(distance - 120) / 5))
+    late_skill = 1 / (1 + numpy.exp(-(distance - 120) / 5))
+    two_skills = 0.5 * quality(distance, 0.2) + 0.5 * late_skill
     bounded = 2 - numpy.exp(-distance / 50)
     return {
         "Q not concave (two skills)": (distance, signal(two_skills, variance(distance, 0.005))),
@@ -127,45 +129,41 @@ def counter_examples() -> dict[str, tuple[numpy.ndarray, numpy.ndarray]]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A policy small enough to enumerate: the next token depends on the last one, theta (V + 1, V), row V for the first token
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A policy small enough to enumerate ----------------------
+# A token depends only on the one before it. theta and drift are (M + 1, M): row x belongs to
+# the token after x, row M to the first token.
 
 
 def log_partition(z):
+    """log Z of the logits in the last axis."""
     return numpy.logaddexp.reduce(z, axis=-1)
 
 
-def contexts(tokens, size: int):
-    """(N, T): the row of theta that each token of the sequences (N, T) is drawn from."""
-    return numpy.concatenate([numpy.full((len(tokens), 1), size), tokens[:, :-1]], axis=1)
+def log_softmax(theta):
+    """(M + 1, M) log-probs of every token in every context."""
+    return theta - log_partition(theta)[:, None]
+
+
+def contexts(tokens, vocabulary: int):
+    """(N, T) row of theta that each token of (N, T) sequences is drawn from."""
+    return numpy.insert(tokens[:, :-1], 0, vocabulary, axis=1)
 
 
 def token_logprobs(theta, tokens):
-    """(N, T) log-probs of the sequences `tokens` (N, T)."""
-    return (theta - log_partition(theta)[:, None])[contexts(tokens, theta.shape[1]), tokens]
+    """(N, T) log-probs of every token of (N, T) sequences."""
+    return log_softmax(theta)[contexts(tokens, theta.shape[1]), tokens]
 
 
 def log_moments(theta, moved):
-    """(V + 1,): equation (5) for the next token, by the token before it."""
+    """(M + 1,) equation (5) in every context, with moved = D d."""
     return log_partition(theta + moved) - 2 * log_partition(theta) + log_partition(theta - moved)
 
 
-def draw(theta, length: int, count: int, random):
-    """(count, length) sequences from the policy."""
-    cumulative = numpy.exp(theta - log_partition(theta)[:, None]).cumsum(axis=1)
-    tokens, before = [], numpy.full(count, theta.shape[1])
-    for _ in range(length):
-        before = (random.random((count, 1)) > cumulative[before, :-1]).sum(axis=1)
-        tokens.append(before)
-    return numpy.stack(tokens, axis=1)
-
-
 def closed_form(theta, drift, distance: float, length: int) -> float:
-    """E_q[w^2] by equations (5) and (7), q = theta + distance * drift."""
+    """V = E_q[w^2] for q = theta + distance * drift, by equations (5) and (7)."""
     moved = distance * drift
-    tilted = numpy.exp(theta - moved - log_partition(theta - moved)[:, None])  # (V + 1, V): p^2/q, normalised
-    m = numpy.exp(log_moments(theta, moved))[:, None] * tilted  # p^2/q
+    # p^2/q has the logits 2 z - (z + D d) = z - D d, and sums to the exponential of (5).
+    m = numpy.exp(log_moments(theta, moved))[:, None] * numpy.exp(log_softmax(theta - moved))
     total = numpy.ones(theta.shape[1])
     for _ in range(length - 1):
         total = m[:-1] @ total
@@ -173,45 +171,52 @@ def closed_form(theta, drift, distance: float, length: int) -> float:
 
 
 def growth_rates(theta, drift, length: int) -> tuple[float, float]:
-    """(k, beta): log V = k D^2 near 0, and log V <= beta D everywhere; equations (6) and (4) for `length` tokens."""
-    p = numpy.exp(theta - log_partition(theta)[:, None])
-    of_context = (p * drift**2).sum(axis=1) - (p * drift).sum(axis=1) ** 2  # (V + 1,) Var_p(d) of the next token
-    widest = numpy.ptp(drift, axis=1)  # (V + 1,)
-    now, k = numpy.eye(len(theta))[-1], 0.0  # (V + 1,) share of sequences in each context
+    """(k, beta) of `length` tokens: log V = k D^2 near 0, and log V <= beta D everywhere."""
+    p = numpy.exp(log_softmax(theta))
+    fisher = (p * drift**2).sum(axis=1) - (p * drift).sum(axis=1) ** 2  # (M + 1,) Var_p(d)
+    widest = numpy.ptp(drift, axis=1)  # (M + 1,) max d - min d
+    reached, k = numpy.eye(len(theta))[-1], 0.0  # (M + 1,) probability of each context
     for _ in range(length):
-        k += float(now @ of_context)
-        now = numpy.append(now @ p, 0.0)
+        k += float(reached @ fisher)
+        reached = numpy.append(reached @ p, 0.0)
     return k, float(widest[-1] + (length - 1) * widest[:-1].max())
 
 
-def gradients(theta, drift, distance: float, tokens, advantage) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Of each sequence its gradient (N, parameters) with the sequence's weight, equation (1), and with a weight a token, as NPO.
+def gradients(theta, drift, distance: float, tokens, advantage):
+    """Two gradients per sequence, each (N, parameters) and divided by T.
 
-    Both with the mean over the sequence's tokens, so s is divided by T."""
-    length, size = tokens.shape[1], theta.shape[1]
-    p = numpy.exp(theta - log_partition(theta)[:, None])
-    before = contexts(tokens, size)
-    scores = numpy.zeros((*tokens.shape, *theta.shape))  # (N, T, V + 1, V): gradient of each token's log-prob
-    n, t = numpy.indices(tokens.shape)
-    scores[n, t, before] -= p[before]
-    scores[n, t, before, tokens] += 1
+    The first has the sequence's weight, equation (1); the second a weight per token, as in
+    NPO. `tokens` is (N, T), `advantage` (N,).
+    """
+    length = tokens.shape[1]
+    p = numpy.exp(log_softmax(theta))
+    before = contexts(tokens, theta.shape[1])
+    scores = numpy.zeros((*tokens.shape, *theta.shape))  # (N, T, M + 1, M) every token's u
+    n, j = numpy.indices(tokens.shape)
+    scores[n, j, before] -= p[before]
+    scores[n, j, before, tokens] += 1
     scores = scores.reshape(len(tokens), length, -1)
-    log_ratio = token_logprobs(theta, tokens) - token_logprobs(theta + distance * drift, tokens)  # (N, T)
-    whole = numpy.exp(log_ratio.sum(axis=1))[:, None] * scores.sum(axis=1) / length
+    guide = theta + distance * drift
+    log_ratio = token_logprobs(theta, tokens) - token_logprobs(guide, tokens)  # (N, T)
+    weight = numpy.exp(log_ratio.sum(axis=1))
+    whole = weight[:, None] * scores.sum(axis=1) / length
     by_token = (numpy.exp(log_ratio)[:, :, None] * scores).sum(axis=1) / length
     return advantage[:, None] * whole, advantage[:, None] * by_token
 
 
-def total_variance(gradient, weight) -> float:
-    """tr Cov of gradients (N, parameters) whose probabilities are `weight` (N,)."""
-    mean = weight @ gradient
-    return float(weight @ (gradient**2).sum(axis=1) - mean @ mean)
+def total_variance(gradient, probability) -> float:
+    """tr Cov of gradients (N, parameters) that occur with `probability` (N,)."""
+    mean = probability @ gradient
+    return float(probability @ (gradient**2).sum(axis=1) - mean @ mean)
 
 
 def enumerated(theta, drift, distance: float, length: int) -> dict[str, float]:
-    """Second moment of the weight and variance of both gradients, over all sequences. A sequence is right where its tokens' sum
-    is a multiple of 3; its advantage is its reward minus the mean."""
-    tokens = numpy.array(list(product(range(theta.shape[1]), repeat=length)))  # all of them
+    """E_q[w^2] and the variance of both gradients, summed over all M^T sequences.
+
+    A sequence is right if the sum of its tokens is a multiple of 3. Its advantage is its
+    reward (1 or 0) minus the policy's mean reward.
+    """
+    tokens = numpy.array(list(product(range(theta.shape[1]), repeat=length)))  # (M^T, T)
     p = numpy.exp(token_logprobs(theta, tokens).sum(axis=1))
     q = numpy.exp(token_logprobs(theta + distance * drift, tokens).sum(axis=1))
     reward = (tokens.sum(axis=1) % 3 == 0).astype(float)
@@ -224,172 +229,142 @@ def enumerated(theta, drift, distance: float, length: int) -> dict[str, float]:
     }
 
 
-def monte_carlo(theta, drift, distance: float, length: int, count: int, seed: int = 0) -> dict[str, tuple[float, ...]]:
-    """(estimate, half of its 95 % band, effective sample size) of E_q[w^2] from `count` sequences, two ways.
-
-    naive: the mean of w^2 over o ~ q. Far away the sequences that carry the mean are never drawn: it stays near 1 or falls below,
-    with a band that does not reach the truth. The effective sample size tells.
-    tilted: o ~ r, r(o_t | o_<t) proportional to p^2/q, and the mean of the product of r's normalisers,
-    prod_t sum_v p(v)^2/q(v). The sum over o of r times that product is (7): unbiased, and never below 1.
-    """
-    random, moved = numpy.random.default_rng(seed), distance * drift
-    tokens = draw(theta + moved, length, count, random)
-    w = numpy.exp((token_logprobs(theta, tokens) - token_logprobs(theta + moved, tokens)).sum(axis=1))
-    path = draw(theta - moved, length, count, random)  # theta - moved: the logits of p^2/q
-    products = numpy.exp(log_moments(theta, moved)[contexts(path, theta.shape[1])].sum(axis=1))
-    found = {}
-    for name, x in (("naive", w**2), ("tilted", products)):
-        found[name] = x.mean(), 1.96 * x.std(ddof=1) / math.sqrt(count), x.sum() ** 2 / (x**2).sum()
-    return found
-
-
 def small_policy(vocabulary: int = 4, seed: int = 0):
-    """(theta, drift per step): a random policy and direction, the drift scaled so that 30 steps are far."""
+    """(theta, drift per step), both random; 30 steps of this drift are far."""
     random = numpy.random.default_rng(seed)
-    return random.normal(size=(vocabulary + 1, vocabulary)), 0.05 * random.normal(size=(vocabulary + 1, vocabulary))
+    shape = vocabulary + 1, vocabulary
+    return random.normal(size=shape), 0.05 * random.normal(size=shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table and the picture
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The tables and the picture ------------------------------
 
-EARLY, MIDDLE = (0.0400, 0.0326), (0.0100, 0.0099)  # (alpha, beta) a step that give the paper's D*, about 20 and about 70
-DISTANCES, LENGTH, LENGTHS, SAMPLES = (0, 2, 4, 8, 16, 32, 64, 256), 5, (1, 2, 3, 4, 5, 6), 20_000
+EARLY, MIDDLE = (0.0400, 0.0326), (0.0100, 0.0099)  # (alpha, beta): D* about 20, 70
+DISTANCES, LENGTH = (0, 2, 4, 8, 16, 32, 64, 256), 5
 
 
 def print_growth(theta, drift) -> None:
+    """V, both laws, and the gradients' variance relative to D = 0, by distance."""
     k, beta = growth_rates(theta, drift, LENGTH)
-    print(
-        f"V = E[w^2] over {theta.shape[1]}^{LENGTH} sequences; k {k:.2e}, beta {beta:.3f}: the laws cross at D = {beta / k:.0f}"
-    )
-    print("  D  closed form  enumerated  tilted Monte Carlo, ESS        naive Monte Carlo, ESS         exp(beta D)  exp(k D^2)  closer  "
-          "gradient variance: sequence, token")  # fmt: skip
-    at_zero = enumerated(theta, drift, 0, LENGTH)
+    sequences = f"{theta.shape[1]}^{LENGTH} sequences"
+    print(f"V = E_q[w^2] over {sequences}; k {k:.2e}, beta {beta:.3f}", end="")
+    print(f": the laws cross at D = {beta / k:.0f}")
+    print("  D  closed form  enumerated  exp(beta D)  exp(k D^2)  closer", end="")
+    print("  gradient variance: sequence, token")
+    start = enumerated(theta, drift, 0, LENGTH)
     for distance in DISTANCES:
-        exact, closed = enumerated(theta, drift, distance, LENGTH), closed_form(theta, drift, distance, LENGTH)
-        drawn = monte_carlo(theta, drift, distance, LENGTH, SAMPLES)
+        exact = enumerated(theta, drift, distance, LENGTH)
+        closed = closed_form(theta, drift, distance, LENGTH)
         bound, local = variance(distance, beta), local_variance(distance, k)
-        closer = "" if distance == 0 else "bound" if math.log(bound / closed) < abs(math.log(local / closed)) else "local"
-        columns = "  ".join(f"{mean:9.4g} +- {half:<7.2g} {ess:6.0f}" for mean, half, ess in (drawn["tilted"], drawn["naive"]))
-        print(f"{distance:3d}  {closed:11.5g}  {exact['second_moment']:10.5g}  {columns}  {bound:11.4g}  {local:10.4g}  {closer:6}  "
-              f"{exact['gradient'] / at_zero['gradient']:9.4g}, {exact['gradient_by_token'] / at_zero['gradient_by_token']:.4g}")  # fmt: skip
-
-
-def print_lengths(theta, drift, distance: int = 16) -> None:
-    print(f"\nGrowth with T at D = {distance}\n  T  log V  log V / T  k         beta   log gradient variance: sequence, token")
-    for length in LENGTHS:
-        log_v, (k, beta) = math.log(closed_form(theta, drift, distance, length)), growth_rates(theta, drift, length)
-        now, zero = enumerated(theta, drift, distance, length), enumerated(theta, drift, 0, length)
-        whole, by_token = (math.log(now[key] / zero[key]) for key in ("gradient", "gradient_by_token"))
-        print(f"{length:3d}  {log_v:.3f}  {log_v / length:9.3f}  {k:.2e}  {beta:.3f}  {whole:.3f}, {by_token:.3f}")
+        is_local = abs(math.log(local / closed)) <= math.log(bound / closed)
+        closer = ("local" if is_local else "bound") if distance else ""
+        whole = exact["gradient"] / start["gradient"]
+        by_token = exact["gradient_by_token"] / start["gradient_by_token"]
+        print(f"{distance:3d}  {closed:11.5g}  {exact['second_moment']:10.5g}", end="")
+        print(f"  {bound:11.4g}  {local:10.4g}  {closer:6}  {whole:9.4g}, {by_token:.4g}")
 
 
 def print_optimum() -> None:
-    print("\nD* = ln(1 + alpha/beta)/alpha           closed form  golden section  grid of 0.1  S(D*)")
-    moves = {
+    """D* by equation (9) and on a grid; then the counter-examples."""
+    settings = {
         "early": EARLY,
         "slower learning": (MIDDLE[0], EARLY[1]),
+        "hardly any learning": (0.0001, EARLY[1]),
         "slower drift": (EARLY[0], MIDDLE[1]),
+        "much slower drift": (EARLY[0], 0.00259),
         "mid-training": MIDDLE,
     }
     grid = numpy.arange(0.1, 500, 0.1)
-    for name, (alpha, beta) in moves.items():
-
-        def cost(distance, alpha=alpha, beta=beta):  # the U
-            return variance(distance, beta) / quality(distance, alpha)
-
-        best, golden, on_grid = optimal_distance(alpha, beta), golden_section(cost, 1e-3, 500), grid[numpy.argmin(cost(grid))]
-        print(
-            f"{name:15}  alpha {alpha:.4f}  beta {beta:.4f}  {best:9.2f}  {golden:14.2f}  {on_grid:11.1f}  {1 / cost(best):.3f}"
-        )
-    for name, (distance, s) in counter_examples().items():
-        found = [f"{distance[i]:.0f}" for i in local_maxima(s)]
-        print(f"{name}: {'maxima at D = ' + ' and '.join(found) if found else 'no interior maximum, S rises to the end'}")
+    print("\nD* = ln(1 + alpha/beta)/alpha                closed form  grid of 0.1  S(D*)")
+    for name, (alpha, beta) in settings.items():
+        best = optimal_distance(alpha, beta)
+        on_grid = grid[numpy.argmin(variance(grid, beta) / quality(grid, alpha))]
+        peak = signal(quality(best, alpha), variance(best, beta))
+        print(f"{name:19}  alpha {alpha:.4f}  beta {beta:.5f}", end="")
+        print(f"  {best:9.2f}  {on_grid:11.1f}  {peak:.3f}")
+    for name, (distance, curve) in counter_examples().items():
+        peaks = " and ".join(f"{distance[i]:.0f}" for i in local_maxima(curve))
+        found = f"maxima at D = {peaks}" if peaks else "no interior maximum, S rises to the end"
+        print(f"{name}: {found}")
 
 
 def measured(run: Path) -> list[dict]:
-    """The decisions of an AutoNPO run that measured anything, each with its table of distance, quality, variance, signal."""
+    """An AutoNPO run's log lines that hold Q, V and S; SystemExit without any."""
     path = run / "metrics.jsonl"
     if not path.is_file():
-        raise SystemExit(f"error: --run {run}: has no metrics.jsonl; give a run directory of autonpo.py")
-    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a run that goes on may have half a last line
-    found = [line for line in lines if line.get("autonpo/table")]
+        raise SystemExit(f"error: --run {run}: no metrics.jsonl; give a run of AutoNPO")
+    complete = path.read_text().split("\n")[:-1]  # the last line may be half written
+    found = [line for line in map(json.loads, complete) if line.get("autonpo/table")]
     if not found:
-        raise SystemExit(f"error: --run {run}: no Q and V in it: not an AutoNPO run, or one without a confirmed warning")
+        raise SystemExit(f"error: --run {run}: no Q and V; give a run with a confirmed warning")
     return found
 
 
 def draw_figure(theta, drift, decisions: list[dict], path: Path) -> None:
+    """Three panels: V with both laws; Q and S; V / Q with D*. Measured is grey."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    matplotlib.rcdefaults()  # dark on white, whatever the reader's own style
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    v_axes, s_axes, cost_axes = figure.subplots(1, 3)
 
-    figure, ((v, length, q), (s, cost, counter)) = pyplot.subplots(2, 3, figsize=(14, 8), layout="constrained")
     k, beta = growth_rates(theta, drift, LENGTH)
     distance = numpy.linspace(0, 64, 65)
-    exact = [enumerated(theta, drift, d, LENGTH) for d in distance]
-    drawn = [monte_carlo(theta, drift, d, LENGTH, SAMPLES) for d in distance]
-    v.plot(distance, [e["second_moment"] for e in exact], "k", lw=2, label="second moment, enumerated")
-    v.plot(distance, variance(distance, beta), "C3--", label=r"bound $e^{\beta D}$")
-    v.plot(distance, local_variance(distance, k), "C0:", lw=2, label="local law $e^{kD^2}$")
-    for name, color in (("tilted", "C2"), ("naive", "C1")):
-        low, high = ([max(d[name][0] + side * d[name][1], 1e-3) for d in drawn] for side in (-1, 1))
-        v.fill_between(distance, low, high, color=color, alpha=0.4, label=f"Monte Carlo, {name}: 95 % band")
-    for key, style, name in (("gradient", "C4-.", "whole sequence"), ("gradient_by_token", "C5-.", "by token")):
-        v.plot(distance, [e[key] / exact[0][key] for e in exact], style, label=f"gradient variance, {name}")
-    v.set(yscale="log", ylim=(0.5, exact[-1]["second_moment"] * 10), title=f"V: {theta.shape[1]} tokens, T = {LENGTH}")
-    for d in (4, 16, 64):
-        length.plot(LENGTHS, [math.log(closed_form(theta, drift, d, t)) for t in LENGTHS], "o-", label=f"D = {d}")
-    length.set(title="log V grows with length", xlabel="T (tokens)", ylabel="log V")
+    closed = [closed_form(theta, drift, d, LENGTH) for d in distance]
+    summed = [enumerated(theta, drift, d, LENGTH)["second_moment"] for d in distance[::8]]
+    v_axes.plot(distance, variance(distance, beta), "C3--", label=r"bound $e^{\beta D}$")
+    v_axes.plot(distance, local_variance(distance, k), "C0:", lw=2, label=r"local $e^{kD^2}$")
+    v_axes.plot(distance, closed, "k", label="V, closed form")
+    v_axes.plot(distance[::8], summed, "ko", label="V, enumerated")
+    v_axes.set(title=f"V of {LENGTH}-token answers", yscale="log", ylim=(0.5, 10 * closed[-1]))
 
     distance = numpy.linspace(0.5, 200, 400)
-    for (name, (alpha, beta)), color in zip((("early", EARLY), ("mid-training", MIDDLE)), ("C0", "C1")):
-        good, noisy, best = quality(distance, alpha), variance(distance, beta), optimal_distance(alpha, beta)
-        label = rf"{name}: $\alpha$ {alpha:g}, $\beta$ {beta:g}"
-        q.plot(distance, good, color, label=label)
-        s.plot(distance, signal(good, noisy), color, label=label)
-        cost.plot(distance, noisy / good, color, label=f"{name}: $D^*$ = {best:.0f}")
-        top = signal(quality(best, alpha), variance(best, beta))
-        s.plot(best, top, f"{color}o")
-        cost.plot(best, 1 / top, f"{color}o")
+    for name, (alpha, beta), color in (("early", EARLY, "C0"), ("mid-training", MIDDLE, "C1")):
+        good, noisy = quality(distance, alpha), variance(distance, beta)
+        best = optimal_distance(alpha, beta)
+        least = variance(best, beta) / quality(best, alpha)
+        s_axes.plot(distance, good, color, label=f"Q, {name}")
+        s_axes.plot(distance, signal(good, noisy), f"{color}--", label=f"S, {name}")
+        s_axes.plot(best, 1 / least, f"{color}o")
+        cost_axes.plot(distance, noisy / good, color, label=f"{name}: $D^*$ = {best:.0f}")
+        cost_axes.plot([best, best], [1, least], f"{color}o:")
+    s_axes.set(title="Q rises, S = Q / V peaks at $D^*$", ylim=(0, 1))
+    cost_axes.set(title="1/S = V / Q is U-shaped", yscale="log", ylim=(1, 200))
+
     for decision in decisions:
-        at, good, noisy = zip(*((row["distance"], row["quality"], row["variance"]) for row in decision["autonpo/table"]))
-        inverse = [b / a if a else math.nan for a, b in zip(good, noisy)]
-        for axes, values in ((q, good), (v, noisy), (s, numpy.divide(good, noisy)), (cost, inverse)):
-            axes.plot(at, values, "x-", color="grey", lw=0.8, label=f"measured at step {decision['autonpo/step']}")
-    q.set(title="Q: failed prompts that the guide solves", ylim=(0, 1))
-    s.set(title="S = Q / V: one maximum")
-    cost.set(title="1/S = V / Q: U-shaped, one minimum", yscale="log", ylim=(0.9, 200))
-    for name, (at, values) in counter_examples().items():
-        counter.plot(at, values, label=name)
-    counter.set(title="S where an assumption fails")
-    for axes in (v, length, q, s, cost, counter):
-        axes.set_xlabel(axes.get_xlabel() or "D (steps)")
+        table, keys = decision["autonpo/table"], ("distance", "quality", "variance")
+        at, good, noisy = (numpy.array([row[key] for row in table]) for key in keys)
+        name = f"run's step {decision['autonpo/step']}"
+        v_axes.plot(at, noisy, "C7x-", label=f"V, {name}")
+        s_axes.plot(at, good, "C7x-", label=f"Q, {name}")
+        s_axes.plot(at, signal(good, noisy), "C7x--", label=f"S, {name}")
+        cost = noisy / numpy.where(good > 0, good, math.nan)  # nothing solved: no point
+        cost_axes.plot(at, cost, "C7x-", label=name)
+    for axes in (v_axes, s_axes, cost_axes):
+        axes.set_xlabel("D (steps)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+        axes.legend(fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
 def main(run: Path | None = None, out: Path = Path("signal_theory.png")) -> None:
-    """Why the near future: checks the theory of Q, V and S on a policy small enough to enumerate.
+    """Checks the theory of Q, V and S on a policy small enough to enumerate.
 
     Args:
-        run: an AutoNPO run directory, whose measured Q, V and S are drawn too.
+        run: an AutoNPO run directory; adds the Q, V and S that it measured.
         out: the picture.
     """
     if not out.resolve().parent.is_dir():
-        raise SystemExit(f"error: --out {out}: there is no such folder")
+        raise SystemExit(f"error: --out {out}: create the folder {out.parent} first")
     decisions = measured(run) if run else []
     theta, drift = small_policy()
     print_growth(theta, drift)
-    print_lengths(theta, drift)
     print_optimum()
     for decision in decisions:
-        print(f"\nMeasured at step {decision['autonpo/step']}: {decision['autonpo/reason']}\n  D   Q      V      S")
+        print(f"\nMeasured at step {decision['autonpo/step']}: {decision['autonpo/reason']}")
+        print("  D   Q      V      S")
         for row in decision["autonpo/table"]:
-            print(f"{row['distance']:4d}  {row['quality']:.3f}  {row['variance']:.3f}  {row['signal']:.3f}")
+            print("{distance:4d}  {quality:.3f}  {variance:.3f}  {signal:.3f}".format(**row))
     draw_figure(theta, drift, decisions, out)
     print(f"\npicture: {out}")
 

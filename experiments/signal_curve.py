@@ -1,142 +1,167 @@
-"""Q, V and S measured on checkpoints of real runs, and whether training gains peak where S does.
+"""Q, V and S measured on checkpoints of real runs: does training gain most where S peaks?
 
-    python experiments/signal_curve.py           # about 50 minutes on two cores; resumes where it was stopped
-    python experiments/signal_curve.py figure    # tables, and assets/signal_curve.png, from experiments/signal_curve.jsonl alone
+    python -m experiments.signal_curve        # about an hour on two cores; resumes
+    python -m experiments.signal_curve table  # from experiments/signal_curve.jsonl alone
 
-For each of five seeds, a plain GRPO run with a checkpoint every 10 steps; t is its base, its step 60 or 100; a guide is its checkpoint t + D.
-Prompts are the 256 that the steps after t ask. Of each, the policy samples G = 8 answers and the guide 8. The policy *fails* a prompt
-where none of its 8 is right.
+For each of five seeds a plain GRPO run saves a checkpoint every 10 steps. The policy is its base
+or its step 60 or 100 (t), a guide is its checkpoint t + D. Both answer the 256 prompts that the
+steps after t ask, 8 times each. The policy *fails* a prompt if none of its 8 answers is right.
 
-    Q      share of the failed prompts of which the guide has a right answer. D = 0 is the policy asked again: a control, not a guide
-    V (a)  second moments of the sequence's weight w = p/q. `whole`: E_q[w^2], the theory's V, by tilted sampling (signal_theory.monte_carlo;
-           unbiased, never below 1). `right`: the mean of w^2 over the guide's right answers to failed prompts, which are those that a slot
-           can take; its lower bound is not 1 but (p(right)/q(right))^2. `along`: over the same answers the mean of prod_t sum_v p(v)^2/q(v),
-           each token's moment over the whole vocabulary given the answer so far: what the weights would be if p chose at every
-           token, no estimate of either of the two. Each has an effective sample size; below 10 it counts as not resolved
-    V (b)  tr Cov of NPO's gradient at t from one group: advantages, token ratios and clip as trained; a batch of P independent groups has
-           1/P of it. Over groups whose 8 answers failed and whose last slot is the guide's. As it is, and relative to the squared norm of
-           its mean: noise to signal, which is what an optimizer that normalises its gradient sees
-    V (c)  exp of the mean per-token KL(guide || policy), over the guide's answers to all prompts and the whole vocabulary (AutoNPO's V^ is the
-           sampled-token estimate of it on its mistakes)
-    S      Q / V for each
+Q is the share of the failed prompts to which the guide has a right answer (at D = 0 the policy is
+asked again: a control). S is Q / V, and V one of these:
 
-Intervals: bootstrap over runs and, within each, over prompts. Training: NPO from t for 30 steps, guided throughout by the guide at
-each D (so that a guide at D < 30 is behind the policy towards the end; npo.py would let go of it there), against GRPO at the same step.
+    whole     E_q[w^2] of an answer's weight w = p/q, the V of signal_theory.py, on failed prompts
+    right     mean w^2 of the guide's right answers to failed prompts, those that a slot can hold;
+              at least (p(right)/q(right))^2, so it may lie below 1
+    gradient  tr Cov of NPO's gradient from one group whose 8 answers failed and whose last slot is
+              the guide's; also relative to the squared norm of the mean gradient
+    kl        exp of the mean KL(guide || policy) per token, over all answers of the guide
+
+The gain of training is the held-out accuracy after 30 steps of NPO from t, all guided by the guide
+at D, minus that of GRPO at the same step. "bootstrap" holds the values in 200 resamplings of the
+prompts, "ess" effective sample sizes.
 """
 
-import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
 
 import numpy
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-ROOT, RUNS, RESULTS = HERE.parent, HERE / "runs", HERE / "signal_curve.jsonl"
-sys.path.insert(0, str(ROOT))
 import grpo
 import verifier
-from command import load_config_prompts, model_path
+from experiments import runs
+from experiments.tables import interval
 from npo import NPOConfig, replace_slot
-from policy import Policy
-from run import checkpoint_path, derived_seed, evaluations, read_jsonl, rows_of_step
-from signal_theory import optimal_distance, quality
+from plumbing.checkpoints import checkpoint_path
+from plumbing.data import load_prompts
+from plumbing.model import Policy
+from plumbing.rollout import Completion, Group, Prompt, batched, samples_with_signal
+from plumbing.run import derived_seed, read_jsonl, rows_of_step
 
-SEEDS, STARTS, DISTANCES = range(5), (0, 60, 100), (10, 20, 30, 40, 60, 80, 100, 140, 200, 300)
-STEPS, WINDOW, PROMPTS, CHUNK, RESAMPLED = 400, 30, 256, 32, 200
-PATHS = 4  # tilted samples a prompt
+RESULTS, RUNS = runs.HERE / "signal_curve.jsonl", f"{runs.RUNS}/signal"
+FIRST_BASE = "e3310138ddab"  # of the lines that do not name theirs
+SEEDS, STARTS = range(5), (0, 60, 100)
+DISTANCES = (10, 20, 30, 40, 60, 80, 100, 140, 200, 300)
+STEPS, WINDOW, PROMPTS = 400, 30, 256
+RESAMPLED, PATHS = 200, 4  # bootstrap resamplings; tilted samples per prompt
+CHUNK = 32  # prompts that are answered at a time
+RESOLVED = 10  # a mean with a smaller effective sample size rests on a handful of answers
+VARIANCES = ("whole", "right", "gradient", "gradient_relative", "kl")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
-def sample(policy: Policy, prompts: list, config: NPOConfig, *key) -> list:
+def sample(policy: Policy, prompts: list[Prompt], config: NPOConfig, *key) -> list[Group]:
     groups = []
-    for first in range(0, len(prompts), CHUNK):
-        seed, some = derived_seed(config.seed, *key, first), prompts[first : first + CHUNK]
-        groups += policy.sample(some, config.group_size, config.max_new_tokens, config.temperature, seed)
+    for number, chunk in enumerate(batched(prompts, CHUNK)):
+        seed = derived_seed(config.seed, *key, number * CHUNK)
+        groups += policy.sample(chunk, config.group_size, config.max_new_tokens, 1.0, seed)
     verifier.score(groups)
     return groups
 
 
-@torch.no_grad()
-def distributions(policy: Policy, rows: list[tuple]) -> list[torch.Tensor]:
-    """Of each (inputs, token ids) the log-probs (T, V) of every token that could have stood there."""
-    found = []
-    for first in range(0, len(rows), CHUNK * 4):
-        some = rows[first : first + CHUNK * 4]
-        ids, attention, positions, cache = policy._read([inputs for inputs, _ in some])
-        targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for _, tokens in some], batch_first=True)
-        steps = torch.arange(targets.shape[1])
-        mask = steps < torch.tensor([len(tokens) for _, tokens in some])[:, None]
-        hidden = policy.model.base_model(
-            input_ids=torch.cat([ids[:, -1:], targets[:, :-1]], dim=1),
-            attention_mask=torch.cat([attention, mask[:, :-1].to(attention.dtype)], dim=1),
-            position_ids=positions[:, :, -1:] + steps,
-            past_key_values=cache,
-        ).last_hidden_state
-        values = policy.adjust(policy.model.get_output_embeddings()(hidden), 1.0)
-        found += [row[: len(tokens)] for row, (_, tokens) in zip(values, some)]
-    return found
+def usable(completion: Completion) -> bool:
+    """Whether a guide cache would keep the answer: it is right, and not cut off."""
+    return completion.accuracy == 1 and completion.finished
 
 
-def log_tilt(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """log p^2/q of log-probs (..., V); tokens that neither can draw stay impossible."""
-    return torch.where(p == float("-inf"), p, 2 * p - q)
+def forward(policy: Policy, prefilled: tuple, ids, answered, steps) -> torch.Tensor:
+    """Log-probs (B, T, V) of the token after each of `ids` (B, T), which stand at `steps` of the
+    answers and see the tokens of the answers that `answered` (B, N) marks."""
+    _, attention, positions, cache = prefilled
+    hidden = policy.model.base_model(
+        input_ids=ids,
+        attention_mask=torch.cat([attention, answered.to(attention.dtype)], dim=1),
+        position_ids=positions[:, :, -1:] + steps,
+        past_key_values=cache,
+    ).last_hidden_state
+    return policy.sampling_logprobs(policy.model.get_output_embeddings()(hidden), 1.0)
 
 
 @torch.no_grad()
-def tilted(policy: Policy, guide: Policy, groups: list, config: NPOConfig, seed: int) -> numpy.ndarray:
-    """(prompts, PATHS): log of the product of normalisers along answers drawn from p^2/q, token by token."""
+def distributions(policy: Policy, rows: list[tuple]) -> Iterator[torch.Tensor]:
+    """For each encoded prompt with an answer's ids, log-probs (T, V) of every possible token."""
+    for chunk in batched(rows, 4 * CHUNK):
+        prefilled = policy.prefill_prompts([prompt for prompt, _ in chunk])
+        tokens = pad_sequence([torch.tensor(answer) for _, answer in chunk], batch_first=True)
+        steps = torch.arange(tokens.shape[1])
+        mask = steps < torch.tensor([len(answer) for _, answer in chunk])[:, None]  # (B, T)
+        ids = torch.cat([prefilled[0][:, -1:], tokens[:, :-1]], dim=1)
+        values = forward(policy, prefilled, ids, mask[:, :-1], steps)
+        yield from (row[: len(answer)] for row, (_, answer) in zip(values, chunk))
+
+
+@torch.no_grad()
+def tilted(policy: Policy, guide: Policy, groups: list[Group], length: int, seed: int):
+    """Estimates of log E_q[w^2], an array (prompts, PATHS).
+
+    A path is drawn token by token from p^2/q, normalised. Its estimate is the product of all
+    normalisers sum_v p(v)^2/q(v). Their mean is sum_o p(o)^2/q(o), and none is below 1.
+    """
     torch.manual_seed(seed)
-    found = []
-    for first in range(0, len(groups), CHUNK):
-        rows = [group.inputs for group in groups[first : first + CHUNK] for _ in range(PATHS)]
-        read = [[one, *one._read(rows)] for one in (policy, guide)]
-        last, total = read[0][1][:, -1:], torch.zeros(len(rows), dtype=torch.float64)
+    stop, found = torch.tensor(policy.eos_token_ids), []
+    for chunk in batched(groups, CHUNK):
+        rows = [group.encoded for group in chunk for _ in range(PATHS)]
+        both = [(model, model.prefill_prompts(rows)) for model in (policy, guide)]
+        last = both[0][1][0][:, -1:]  # (B, 1)
+        total = torch.zeros(len(rows), dtype=torch.float64)
         running = torch.ones(len(rows), dtype=torch.bool)
-        for step in range(config.max_new_tokens):
-            logprobs = []
-            for one, _, attention, positions, cache in read:
-                hidden = one.model.base_model(
-                    input_ids=last, attention_mask=torch.cat([attention, attention.new_ones(len(rows), step)], dim=1),
-                    position_ids=positions[:, :, -1:] + step, past_key_values=cache,
-                ).last_hidden_state[:, -1]  # fmt: skip
-                logprobs.append(one.adjust(one.model.get_output_embeddings()(hidden), 1.0))
-            tilt = log_tilt(*logprobs)
+        for step in range(length):
+            answered = torch.ones(len(rows), step)
+            p, q = (forward(model, read, last, answered, step)[:, -1] for model, read in both)
+            tilt = torch.where(p == float("-inf"), p, 2 * p - q)  # (B, V)
             log_moment = torch.logsumexp(tilt, dim=-1)  # (B,)
             total += torch.where(running, log_moment, 0.0)
             last = torch.multinomial((tilt - log_moment[:, None]).exp(), 1)
-            running &= ~torch.isin(last[:, 0], torch.tensor(policy.eos_token_ids))
+            running &= ~torch.isin(last[:, 0], stop)
             if not running.any():
                 break
         found.append(total.view(-1, PATHS).numpy())
     return numpy.concatenate(found)
 
 
-def group_gradient(policy: Policy, group, config: NPOConfig) -> torch.Tensor:
+def along_answers(policy: Policy, guide: Policy, groups, answers, failed) -> tuple:
+    """(4, P) sums per prompt over the guide's answers: KL, tokens, and w^2 and the number of the
+    usable answers to failed prompts. Then the list of all these w^2."""
+    kl, tokens, squares, number = sums = numpy.zeros((4, len(groups)))
+    every_square = []
+    chosen = [(i, c) for i, group in enumerate(answers) for c in group.completions]
+    rows = [(groups[i].encoded, c.token_ids) for i, c in chosen]
+    pairs = zip(distributions(policy, rows), distributions(guide, rows))
+    for (i, completion), (p, q) in zip(chosen, pairs):  # (T, V) each
+        kl[i] += torch.where(q == float("-inf"), 0.0, q.exp() * (q - p)).sum().item()
+        tokens[i] += len(p)
+        if failed[i] and usable(completion):
+            log_w = (p - q).gather(-1, torch.tensor(completion.token_ids)[:, None]).double().sum()
+            every_square.append((2 * log_w).exp().item())
+            squares[i] += every_square[-1]
+            number[i] += 1
+    return sums, every_square
+
+
+def group_gradient(policy: Policy, group: Group, config: NPOConfig) -> torch.Tensor:
     """NPO's gradient from one group, flat."""
     rewards = torch.tensor([[c.reward for c in group.completions]])
-    logprobs, mask = policy.logprobs([(group.inputs, c.token_ids) for c in group.completions], config.temperature)
-    behavior = torch.zeros_like(logprobs)
-    behavior[mask] = torch.tensor([lp for c in group.completions for lp in c.behavior_logprobs])
-    loss, _ = grpo.clipped_policy_loss(logprobs, behavior, grpo.group_advantages(rewards)[0], mask)
+    samples = samples_with_signal([group], grpo.group_advantages(rewards))
+    loss, _ = grpo.policy_loss(policy, samples, config, len(samples))
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.parameters())])
 
 
-def gradient_variance(gram: numpy.ndarray, count: numpy.ndarray, resampled: bool = False) -> tuple[float | None, float | None]:
-    """Of gradients with this Gram matrix, each counted so often: tr Cov, and the squared norm of their mean, both unbiased.
+def gradient_variance(gram, count, resampled: bool = False) -> tuple[float | None, float | None]:
+    """tr Cov and the squared norm of the mean of gradients, unbiased; None for fewer than three.
 
-    In a bootstrap resample the norm is too large by tr Cov / n once more: what is resampled has itself been drawn.
+    `gram` (N, N) is their Gram matrix, `count` (N,) how often each of them counts. In a resampling
+    the norm is too large by tr Cov / n twice: what is drawn from was drawn itself.
     """
     n = count.sum()
     if n < 3:
@@ -148,270 +173,167 @@ def gradient_variance(gram: numpy.ndarray, count: numpy.ndarray, resampled: bool
 
 def effective(values) -> float:
     """Effective sample size of a mean of positive numbers: how many of them carry it."""
-    values = numpy.asarray(values, float)
-    return float((values / values.max()).sum() ** 2 / ((values / values.max()) ** 2).sum()) if len(values) else 0.0
+    shares = numpy.array(values, float) / max(values, default=1.0)
+    return float(shares.sum() ** 2 / (shares**2).sum()) if len(shares) else 0.0
 
 
-def ratio(count: numpy.ndarray, total: numpy.ndarray, number: numpy.ndarray) -> float | None:
-    """A mean over answers from each prompt's total and number of them, prompts counted as resampled; None without any."""
+def ratio(count, total, number) -> float | None:
+    """sum(total) / sum(number) over prompts that count so often; None without any number."""
     return float(count @ total / (count @ number)) if count @ number else None
 
 
-def measure(seed: int, start: int) -> None:
-    """One seed and t: a result line for each distance, and D = 0."""
-    config = NPOConfig(seed=seed)
-    run = RUNS / f"signal-grpo-{seed}"
-    train_prompts, _ = load_config_prompts(config)
+def measure(seed: int, start: int) -> list[dict]:
+    """The result lines of one seed and t: D = 0, then every distance."""
+    config, run = NPOConfig(seed=seed, device="cpu"), runs.ROOT / RUNS / f"grpo-{seed}"
+    train_prompts, _ = load_prompts(config)
     steps = range(start + 1, start + PROMPTS // config.prompts_per_step + 1)
-    prompts = [train_prompts[row] for step in steps for row in rows_of_step(len(train_prompts), step, config)]
-    policy = Policy(checkpoint_path(run, start) if start else model_path(config), "cpu")
+    rows = [row for step in steps for row in rows_of_step(len(train_prompts), step, config)]
+    prompts = [train_prompts[row] for row in rows]
+    policy = Policy(checkpoint_path(run, start) if start else config.model_path, "cpu")
     groups = sample(policy, prompts, config, "signal policy", start)
     failed = numpy.array([not any(c.accuracy for c in group.completions) for group in groups])
-    failures = [i for i in range(PROMPTS) if failed[i]]
+    failures = numpy.flatnonzero(failed)
     draws = numpy.random.default_rng(derived_seed(seed, "bootstrap", start))
-    counts = [numpy.bincount(draws.integers(PROMPTS, size=PROMPTS), minlength=PROMPTS) for _ in range(RESAMPLED)]
+    counts = [draws.integers(PROMPTS, size=PROMPTS) for _ in range(RESAMPLED)]
+    counts = [numpy.ones(PROMPTS), *(numpy.bincount(c, minlength=PROMPTS) for c in counts)]
     lines = []
-    for distance in tqdm((0, *DISTANCES), desc=f"seed {seed} t {start}"):
+    for distance in (0, *DISTANCES):
         guide = Policy(checkpoint_path(run, start + distance), "cpu") if distance else policy
         answers = sample(guide, prompts, config, "signal guide", start, distance)
-        right = [[c for c in group.completions if c.accuracy == 1 and c.finished] for group in answers]
-        solved = numpy.array([bool(found) for found in right])
-
-        # along the guide's answers: (a) on right ones to failed prompts, (c) on all
-        chosen = [(i, c) for i, group in enumerate(answers) for c in group.completions]
-        rows = [(groups[i].inputs, c.token_ids) for i, c in chosen]
-        along, squares, number, kl, tokens = (numpy.zeros(PROMPTS) for _ in range(5))  # a prompt's sums
-        every_along, every_square = [], []
-        for (i, completion), p, q in zip(chosen, distributions(policy, rows), distributions(guide, rows)):
-            kl[i] += torch.where(q == float("-inf"), 0.0, q.exp() * (q - p)).sum().item()
-            tokens[i] += len(p)
-            if failed[i] and completion.accuracy == 1 and completion.finished:
-                log_w = (p - q).gather(-1, torch.tensor(completion.token_ids)[:, None]).double().sum()
-                every_along.append(torch.logsumexp(log_tilt(p, q), dim=-1).double().sum().exp().item())
-                every_square.append((2 * log_w).exp().item())
-                along[i], squares[i], number[i] = along[i] + every_along[-1], squares[i] + every_square[-1], number[i] + 1
+        sums, squares = along_answers(policy, guide, groups, answers, failed)
+        kl, tokens, right, number = sums
         whole = numpy.zeros((PROMPTS, PATHS))
-        seed_of_paths = derived_seed(seed, "tilted", start, distance)
-        whole[failures] = numpy.exp(tilted(policy, guide, [groups[i] for i in failures], config, seed_of_paths))
-
-        # (b) the gradient of groups whose 8 answers failed and whose last slot is the guide's
-        mixed = {i: replace_slot(groups[i], dataclasses.replace(right[i][0], source=f"guide@{start + distance}"), config.gate)
-                 for i in failures if right[i]}  # fmt: skip
-        flat = torch.stack([group_gradient(policy, group, config) for group in mixed.values()]) if mixed else torch.zeros(0, 1)
-        gram, places = (flat @ flat.T).double().numpy(), list(mixed)
-
-        values = []
-        for number_of, count in enumerate([numpy.ones(PROMPTS), *counts]):
-            spread, norm = gradient_variance(gram, count[places], resampled=number_of > 0)
-            values.append({
-                "quality": ratio(count, failed & solved, failed), "whole": ratio(count, whole.mean(axis=1) * failed, failed),
-                "right": ratio(count, squares, number), "along": ratio(count, along, number),
-                "kl": float(numpy.exp(ratio(count, kl, tokens))), "gradient": spread,
+        paths, asked = derived_seed(seed, "tilted", start, distance), [groups[i] for i in failures]
+        whole[failures] = numpy.exp(tilted(policy, guide, asked, config.max_new_tokens, paths))
+        solved = numpy.array([any(map(usable, group.completions)) for group in answers])
+        places, gradients = numpy.flatnonzero(failed & solved), []
+        for i in places:  # failed groups whose last slot is the guide's
+            answer = next(filter(usable, answers[i].completions))
+            mixed = replace_slot(groups[i], answer, config.gate)
+            gradients.append(group_gradient(policy, mixed, config))
+        flat = torch.stack(gradients) if gradients else torch.zeros(0, 1)
+        gram, values = (flat @ flat.T).double().numpy(), []
+        for draw, count in enumerate(counts):
+            spread, norm = gradient_variance(gram, count[places], resampled=draw > 0)
+            found = {
+                "quality": ratio(count, failed & solved, failed),
+                "whole": ratio(count, whole.mean(axis=1) * failed, failed),
+                "right": ratio(count, right, number),
+                "kl": float(numpy.exp(ratio(count, kl, tokens))),
+                "gradient": spread,
                 "gradient_relative": spread / norm if norm and norm > 0 else None,
-            })  # fmt: skip
-        point, *resampled = [{k: v if v is None else float(f"{v:.{digits}g}") for k, v in line.items()}
-                             for line, digits in zip(values, [5] + [3] * RESAMPLED)]  # fmt: skip
-        lines.append({
-            "kind": "measured", "seed": seed, "t": start, "distance": distance, "failed": len(failures), "right_answers": len(every_along),
-            "guided_groups": len(mixed), **point,
-            "ess": {"whole": effective(whole[failures].ravel()), "right": effective(every_square), "along": effective(every_along)},
-            "bootstrap": {key: [line[key] for line in resampled] for key in point},
-        })  # fmt: skip
-    for line in lines:  # all of them or none
-        write(line)
+            }
+            digits = 3 if draw else 5
+            values.append({k: v and float(f"{v:.{digits}g}") for k, v in found.items()})
+        sizes = dict(failed=len(failures), right_answers=len(squares), guided_groups=len(places))
+        ess = {"whole": effective(whole[failures].ravel()), "right": effective(squares)}
+        bootstrap = {key: [line[key] for line in values[1:]] for key in values[0]}
+        line = {"kind": "measured", "seed": seed, "t": start, "distance": distance} | sizes
+        lines.append(line | values[0] | {"ess": ess, "bootstrap": bootstrap})
+    return lines
 
 
-def fit(distances, qualities, variances) -> tuple[float, float, float]:
-    """(alpha, beta, D*) of measured points: Q = c (1 - exp(-alpha D)) by least squares, log V = beta D through the origin.
-
-    D* is nan where V did not grow.
-    """
-    distances, qualities = numpy.asarray(distances, float), numpy.asarray(qualities, float)
-    beta = float(distances @ numpy.log(variances) / (distances @ distances))
-    errors = {}
-    for alpha in numpy.geomspace(1e-4, 1, 2000):
-        shape = quality(distances, alpha)
-        scale = shape @ qualities / (shape @ shape)
-        errors[float(alpha)] = float(((qualities - scale * shape) ** 2).sum())
-    alpha = min(errors, key=errors.get)
-    return alpha, beta, optimal_distance(alpha, beta) if beta > 0 else numpy.nan
+# ---- Running everything --------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Running everything
-# ---------------------------------------------------------------------------------------------------------------------
+class Job(NamedTuple):
+    kind: str  # "grpo", "measured" or "trained"
+    seed: int
+    start: int = 0  # t
+    distance: int = 0  # D; of "measured" the last one, whose line is written last
 
 
-def write(line: dict) -> None:
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(line) + "\n")
+def job_of(line: dict) -> Job:
+    return Job(line["kind"], line["seed"], line.get("t", 0), line.get("distance", 0))
 
 
-def command(words: str, log: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two at a time on two cores
-    with open(RUNS / f"{log}.log", "w") as file:
-        subprocess.run([sys.executable, *words.split()], cwd=ROOT, env=environment, stdout=file, stderr=file, check=True)
+def stages(done) -> list[list[Job]]:
+    """What is still to be done. The second stage needs the checkpoints of the first."""
+    places = [(seed, start) for seed in SEEDS for start in STARTS]
+    later = [Job("measured", *place, DISTANCES[-1]) for place in places]
+    later += [Job("trained", *place, distance) for place in places for distance in DISTANCES]
+    later = [job for job in later if job not in done]
+    needed = {job.seed for job in later}  # the command of a finished run returns at once
+    plain = [Job("grpo", seed) for seed in SEEDS]
+    return [[job for job in plain if job not in done or job.seed in needed], later]
 
 
-def train_from(seed: int, start: int, distance: int) -> None:
-    runs = RUNS.relative_to(ROOT)
-    name, end = f"signal-{start}-{distance}-{seed}", start + WINDOW
-    back = f"--intervention late --plateau-start {start}" if start else ""
-    guide = checkpoint_path(runs / f"signal-grpo-{seed}", start + distance)
-    words = (f"npo.py --seed {seed} {back} --guide {guide} --steps {end} "
-             f"--guided-until {end} --eval-every 1000 --out {runs}/{name}")  # fmt: skip
-    command(words, name)
-    write({"kind": "trained", "seed": seed, "t": start, "distance": distance, "command": words,
-           "eval/accuracy": evaluations(RUNS / name)[-1]["eval/accuracy"]})  # fmt: skip
+def do(job: Job) -> list[dict]:
+    """The job's result lines; none if its command failed."""
+    kind, seed, start, distance = job
+    if kind == "measured":
+        torch.set_num_threads(1)  # more would round differently
+        return measure(seed, start)
+    out = plain = f"{RUNS}/grpo-{seed}"
+    words = f"grpo.py --steps {STEPS} --save-every 10 --eval-every 10"
+    if kind == "trained":
+        out, end = f"{RUNS}/{start}-{distance}-{seed}", start + WINDOW
+        words = f"npo.py --guide {checkpoint_path(plain, start + distance)}"
+        words += f" --intervention late --plateau-start {start}" if start else ""
+        words += f" --steps {end} --guided-until {end} --eval-every 1000"
+    command = f"python {words} --seed {seed} --out {out}"
+    if not (made := runs.make(runs.Run(kind, command, seed=seed, out=out))):
+        return []
+    line = {"kind": kind, "seed": seed, "command": made["command"], "commit": made["commit"]}
+    if kind == "grpo":
+        return [line | {"evaluations": [evaluation[:2] for evaluation in made["evals"]]}]
+    return [line | {"t": start, "distance": distance, "eval/accuracy": made["evals"][-1][1]}]
 
 
 def main() -> None:
-    RUNS.mkdir(exist_ok=True)
-    lock, bar = threading.Lock(), tqdm(total=len(SEEDS) * (1 + len(STARTS) * (1 + len(DISTANCES))), desc="runs")
-
-    def work(job, *args) -> None:
-        job(*args)
-        with lock:
-            bar.update()
-
-    def plain(seed: int) -> None:
-        name = f"signal-grpo-{seed}"
-        command(f"grpo.py --seed {seed} --steps {STEPS} --save-every 10 --eval-every 10 --out experiments/runs/{name}", name)
-        lines = [line for line in read_jsonl(RESULTS) if line["kind"] == "grpo"]
-        if seed not in [line["seed"] for line in lines]:
-            found = [[line["step"], round(line["eval/accuracy"], 5)] for line in evaluations(RUNS / name)]
-            write({"kind": "grpo", "seed": seed, "evaluations": found})
-
-    def measured(seed: int, start: int) -> None:
-        done = [(line["seed"], line["t"]) for line in read_jsonl(RESULTS) if line["kind"] == "measured"]
-        if (seed, start) not in done:
-            command(f"experiments/signal_curve.py measure {seed} {start}", f"measure-{seed}-{start}")
-
-    def trained(seed: int, start: int, distance: int) -> None:
-        if not any(line["kind"] == "trained" and (line["seed"], line["t"], line["distance"]) == (seed, start, distance)
-                   for line in read_jsonl(RESULTS)):  # fmt: skip
-            train_from(seed, start, distance)
-
-    stages = [
-        [(plain, seed) for seed in SEEDS],
-        [(measured, seed, start) for seed in SEEDS for start in STARTS],
-        [(trained, seed, start, distance) for seed in SEEDS for start in STARTS for distance in DISTANCES],
-    ]
-    for stage in stages:
-        with ThreadPoolExecutor(2) as pool:
-            for future in [pool.submit(work, *job) for job in stage]:
-                future.result()
+    lines, base = read_jsonl(RESULTS), runs.base_model()
+    if any(line.get("base", FIRST_BASE) != base for line in lines):
+        sys.exit(f"error: {RESULTS} was measured from another base; remove it (it is in git)")
+    # Without the half line that a kill may have left
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = set(map(job_of, lines))
+    os.environ["OMP_NUM_THREADS"] = "1"  # two jobs at a time on two cores
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for stage in stages(done):
+            failed, results = [], pool.map(do, stage)
+            for job, found in tqdm(zip(stage, results), total=len(stage), desc="jobs"):
+                failed += [] if found else [job]
+                text = "".join(json.dumps(line | {"base": base}) + "\n" for line in found)
+                with open(RESULTS, "a") as file:
+                    file.write("" if job in done else text)
+            if failed:
+                sys.exit(f"error: not done: {', '.join(map(str, failed))}")
+    print_tables()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and the picture
-# ---------------------------------------------------------------------------------------------------------------------
-
-VARIANCES = {
-    "whole": "(a) whole", "right": "(a) right", "along": "(a) along",
-    "gradient_relative": "(b) noise to signal", "gradient": "(b) variance", "kl": "(c) exp KL",
-}  # fmt: skip
-RESOLVED = 10  # an effective sample size below which a mean is a handful of answers: shown, marked, and not fitted
+# ---- Tables --------------------------------------------------------------------------------------
 
 
-def pooled(lines: list[dict], key: str, runs: numpy.ndarray) -> numpy.ndarray:
-    """Of one t and D, the mean over runs (of a variance: the geometric mean); then that of each resampling, whose `runs` (R, runs) are
-    drawn too. A noise-to-signal ratio whose signal is not above 0 is infinite."""
-    missing = numpy.inf if key == "gradient_relative" else numpy.nan
-    values = numpy.array([[missing if v is None else v for v in (line[key], *line["bootstrap"][key])] for line in lines])
-    with numpy.errstate(divide="ignore"):
-        values = values if key == "quality" else numpy.log(values)  # (runs, 1 + R)
-    drawn = [values[of_runs, 1 + number].mean() for number, of_runs in enumerate(runs)]
-    mean = numpy.array([values[:, 0].mean(), *drawn])
-    return mean if key == "quality" else numpy.exp(mean)
-
-
-def rank_correlation(signals, gains) -> float:
-    first, second = (numpy.argsort(numpy.argsort(values)) for values in (signals, gains))
-    return float(numpy.corrcoef(first, second)[0, 1])
-
-
-def figure() -> None:
-    from tables import T_975, finish, interval, pyplot
-
-    lines = read_jsonl(RESULTS)
-    plain = {line["seed"]: dict(line["evaluations"]) for line in lines if line["kind"] == "grpo"}
-    runs = numpy.random.default_rng(0).integers(len(SEEDS), size=(RESAMPLED, len(SEEDS)))
-    picture, grid = pyplot.subplots(len(STARTS), 4, figsize=(15, 3.6 * len(STARTS)), layout="constrained", squeeze=False)
-    for start, (q_axes, v_axes, s_axes, gain_axes) in zip(STARTS, grid):
-        measured = {d: [line for line in lines if line["kind"] == "measured" and (line["t"], line["distance"]) == (start, d)]
-                    for d in (0, *DISTANCES)}  # fmt: skip
-        gains = {d: [line["eval/accuracy"] - plain[line["seed"]][start + WINDOW] for line in lines
-                     if line["kind"] == "trained" and (line["t"], line["distance"]) == (start, d)] for d in DISTANCES}  # fmt: skip
-        assert all(len(found) == len(SEEDS) for found in (*measured.values(), *gains.values())), (
-            f"t = {start}: runs are missing"
-        )
-        for found in measured.values():
-            found.sort(key=lambda line: line["seed"])
-        again = pooled(measured[0], "quality", runs)
-        q = numpy.array([pooled(measured[d], "quality", runs) for d in DISTANCES])  # (D, 1 + R)
-        v = {key: numpy.array([pooled(measured[d], key, runs) for d in DISTANCES]) for key in VARIANCES}
-        s = {key: numpy.nan_to_num(q / value) for key, value in v.items()}
-        ess = {key: [min(line["ess"].get(key, RESOLVED) for line in measured[d]) for d in DISTANCES] for key in VARIANCES}
-        mean_gain = [statistics.fmean(found) for found in gains.values()]
-
-        failures = ", ".join(str(line["failed"]) for line in measured[0])
-        accuracy = statistics.fmean(curve[start] for curve in plain.values())
-        print(f"\n#### t = {start}\n\nHeld-out accuracy {accuracy:.3f}; failed prompts of {PROMPTS}, by seed: {failures}; asked again, the policy "
-              f"solves {again[0]:.2f} of them.\n")  # fmt: skip
-        print(
-            f"| D | Q | {' | '.join('V ' + name for name in VARIANCES.values())} | gain of training |\n|{'---|' * (len(VARIANCES) + 3)}"
-        )
-        for i, d in enumerate(DISTANCES):
-            low, high = numpy.percentile(q[i, 1:], [2.5, 97.5])
-            cells = [f"{v[key][i, 0]:.3g}{'' if ess[key][i] >= RESOLVED else ' *'}" for key in VARIANCES]
-            print(f"| {d} | {q[i, 0]:.2f} [{low:.2f}, {high:.2f}] | {' | '.join(cells)} | {interval(gains[d], 3)} |")
-        print(
-            "\n| | S largest at D [95 %] | of fitted D* (alpha, beta) | log V grows as | rank correlation with the gain |\n|---|---|---|---|---|"
-        )
-        for key, name in VARIANCES.items():
-            best = numpy.array(DISTANCES)[numpy.argmax(s[key], axis=0)]
-            low, high = numpy.percentile(best[1:], [2.5, 97.5])
-            use = [i for i in range(len(DISTANCES)) if ess[key][i] >= RESOLVED and v[key][i, 0] > 1]
-            fitted = law = ""
-            if key in ("whole", "along", "kl") and len(use) > 2:
-                at = numpy.array(DISTANCES, float)[use]
-                alpha, beta, d_star = fit(at, q[use, 0] - again[0], v[key][use, 0])
-                fitted = f"{d_star:.0f} ({alpha:.4f}, {beta:.4f}; {len(use)} points)"
-                law = f"D^{numpy.polyfit(numpy.log(at), numpy.log(numpy.log(v[key][use, 0])), 1)[0]:.1f}"
-            print(
-                f"| Q / V {name} | {best[0]} [{low:.0f}, {high:.0f}] | {fitted} | {law} | {rank_correlation(s[key][:, 0], mean_gain):.2f} |"
-            )
-        print(f"| Q alone | {DISTANCES[int(q[:, 0].argmax())]} | | | {rank_correlation(q[:, 0], mean_gain):.2f} |")
-        drawn = numpy.array([[found[run] for run in range(len(SEEDS))] for found in gains.values()])  # (D, runs)
-        tops = [DISTANCES[int(drawn[:, of_runs].mean(axis=1).argmax())] for of_runs in runs]
-        low, high = numpy.percentile(tops, [2.5, 97.5])
-        print(f"| the gain | {DISTANCES[int(numpy.argmax(mean_gain))]} [{low:.0f}, {high:.0f}] | | | |")
-
-        low, high = numpy.percentile(q[:, 1:], [2.5, 97.5], axis=1)
-        q_axes.fill_between(DISTANCES, low, high, alpha=0.3)
-        q_axes.plot(DISTANCES, q[:, 0], "o-", ms=3)
-        q_axes.axhline(again[0], color="grey", ls=":", label="the policy asked again")
-        q_axes.set(ylim=(0, 1), ylabel=f"t = {start} (accuracy {accuracy:.2f})", title="Q")
-        for color, (key, name) in enumerate(VARIANCES.items()):
-            for axes, values in ((v_axes, v[key]), (s_axes, s[key] / s[key][:, 0].max())):
-                low, high = numpy.nanpercentile(values[:, 1:], [2.5, 97.5], axis=1, method="nearest")  # some are infinite
-                axes.fill_between(DISTANCES, low, high, color=f"C{color}", alpha=0.1, lw=0)
-                axes.plot(DISTANCES, values[:, 0], "-", color=f"C{color}", label=name)
-                for i, d in enumerate(DISTANCES):
-                    axes.plot(d, values[i, 0], "o" if ess[key][i] >= RESOLVED else "x", ms=4, color=f"C{color}")
-        v_axes.set(yscale="log", ylim=(1e-5, 1e12), title="V (x: not resolved)")
-        s_axes.set(ylim=(0, 1.3), title="S = Q / V, as a share of its largest")
-        half = [T_975[len(found)] * statistics.stdev(found) / len(found) ** 0.5 for found in gains.values()]
-        gain_axes.errorbar(DISTANCES, mean_gain, half, fmt="o-", ms=3, capsize=3, color="black")
-        gain_axes.axhline(0, color="grey", lw=0.8)
-        gain_axes.set(title=f"gain of training over GRPO, {WINDOW} steps")
-    for axes in grid.flat:
-        axes.set(xscale="log", xlabel="D (steps)", xticks=[10, 20, 40, 100, 300], xticklabels=["10", "20", "40", "100", "300"])
-    grid[0, 0].legend(fontsize=7)
-    finish(picture, [grid[0, 1], *(axes for axes in grid.flat if axes is not grid[0, 1])], "signal_curve.png")
+def print_tables() -> None:
+    """For every t: Q, each V and the gain by distance; then where each S is largest."""
+    lines = {job_of(line): line for line in read_jsonl(RESULTS)}
+    curves = {seed: dict(lines["grpo", seed, 0, 0]["evaluations"]) for seed in SEEDS}
+    for start in STARTS:
+        again = interval([lines["measured", seed, start, 0]["quality"] for seed in SEEDS])
+        print(f"\nt = {start}; the policy, asked again, solves {again} of its failures")
+        shown = [f"{name.removeprefix('gradient_'):>8} " for name in VARIANCES]
+        print("  D  Q                ", *shown, " gain of training")
+        columns = []
+        for distance in DISTANCES:
+            measured = [lines["measured", seed, start, distance] for seed in SEEDS]
+            trained = [lines["trained", seed, start, distance]["eval/accuracy"] for seed in SEEDS]
+            gain = [trained[seed] - curves[seed][start + WINDOW] for seed in SEEDS]
+            quality, values, cells = [line["quality"] for line in measured], [], []
+            for name in VARIANCES:
+                few = min(line["ess"].get(name, RESOLVED) for line in measured) < RESOLVED
+                of_seeds = numpy.array([line[name] for line in measured], float)  # None: nan
+                values.append(numpy.exp(numpy.log(of_seeds).mean()))
+                cells.append(f"{values[-1]:8.3g}{'*' if few else ' '}")
+            print(f"{distance:3}  {interval(quality):17}", *cells, f" {interval(gain, 3)}")
+            columns.append([statistics.fmean(quality), *values, statistics.fmean(gain)])
+        quality, *variances, gain = numpy.array(columns).T
+        for name, value in zip(("1", *VARIANCES), (1.0, *variances)):
+            signal = numpy.nan_to_num(quality / value)
+            ranks = [numpy.argsort(numpy.argsort(values)) for values in (signal, gain)]
+            print(f"Q / {name} is largest at D = {DISTANCES[signal.argmax()]}; its rank", end="")
+            print(f" correlation with the gain is {numpy.corrcoef(*ranks)[0, 1]:.2f}")
+    print(f"\nV: geometric means over seeds; *: effective sample size below {RESOLVED}")
 
 
 if __name__ == "__main__":
-    what, *numbers = sys.argv[1:] or ["all"]
-    {"all": main, "measure": measure, "figure": figure}[what](*map(int, numbers))
+    print_tables() if sys.argv[1:] == ["table"] else main()

@@ -1,200 +1,427 @@
-"""The README's tables and figures, from experiments/claims.jsonl alone.
+"""docs/results.md (through results_template.md) and its figures, from the committed lines alone.
 
-python experiments/tables.py          # prints markdown; draws assets/early.png, assets/is_correction.png, assets/late.png
+    python -m experiments.tables    # docs/results.md, docs/figures/{early,compare,method}.svg
+
+Intervals are 95 %, Student's t over the seeds. Differences are paired: a row minus another row with
+the same seed. "Equal tokens" is GRPO's last evaluation before it had sampled as many tokens as the
+row did in all, guide included.
 """
 
 import statistics
-import sys
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from experiments.method_figure import method_figure
+from experiments.runs import HERE, ROOT, SCOUT, STEPS, WINDOW
+from plumbing.report import first_reach
+from plumbing.run import read_jsonl
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from claims import DISTANCES, LATE_SEEDS, PLATEAU_END, PLATEAU_START, RESULTS, SCOUT, SEEDS, WINDOW
+DOCS = ROOT / "docs"
+TEMPLATE = HERE / "results_template.md"
+T_975 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # [n]
+ROWS = {  # of the comparison: label and colour
+    "grpo": ("GRPO", "black"),
+    "grpo-16": ("GRPO, G = 16", "C7"),
+    "luffy": ("LUFFY", "C2"),
+    "luffy-unshaped": ("LUFFY without shaping", "C5"),
+    "exgrpo": ("ExGRPO", "C4"),
+    "rlep": ("RLEP", "C3"),
+    "early": ("NPO early", "C1"),
+    "early-no-is": ("NPO early without IS", "C6"),
+    "early-teacher": ("NPO early, guide: teacher", "C2"),
+    "early-far": ("NPO early, guide: far future", "C3"),
+    "late": ("NPO late", "C0"),
+    "early+late": ("NPO early + late", "C8"),
+    "autonpo": ("AutoNPO", "C9"),
+}
+LABELS = {row: label for row, (label, _) in ROWS.items()}
+OTHERS = ("grpo", "luffy", "exgrpo", "rlep", "early")  # the curves of a figure's two halves
+OURS = ("grpo", "grpo-16", "early", "late", "early+late", "autonpo")
+BY_DEFINITION = {"luffy", "luffy-unshaped", "rlep", "early-no-is"}  # ratios are pi, or 1
+GOALS = (0.5, 0.8)  # shares of the same seed's final GRPO accuracy
+PAPER_SPEED = 2.1
+BARELY = 0.05  # of held-out accuracy: our reading of "barely changes"
+CLAIMS = (  # (claim of the paper, the row that it says is better, the worse one)
+    ("NPO early ends above GRPO", "early", "grpo"),
+    ("NPO early + late ends above GRPO", "early+late", "grpo"),
+    ("AutoNPO ends above GRPO", "autonpo", "grpo"),
+    ("a late intervention breaks through a plateau (this world has none)", "late", "grpo"),
+    ("early + late ends above early alone", "early+late", "early"),
+    ("AutoNPO ends above the manual interventions", "autonpo", "early+late"),
+    ("the near future is a better source than the teacher", "early", "early-teacher"),
+    ("the near future is a better source than the far future", "early", "early-far"),
+    ("NPO early ends above LUFFY", "early", "luffy"),
+    ("NPO early ends above ExGRPO", "early", "exgrpo"),
+    ("NPO early ends above RLEP", "early", "rlep"),
+    ("GRPO ends above LUFFY", "grpo", "luffy"),
+    ("ExGRPO ends above GRPO", "exgrpo", "grpo"),
+    ("RLEP ends above GRPO", "rlep", "grpo"),
+    ("RLEP ends above ExGRPO", "rlep", "exgrpo"),
+)
+# By the `base` of the result lines
+LAX = "the *lax* cards world (gold is the total, so lucky answers are paid)"
+WORLDS = {"e3310138ddab": f"at the state of commit 3a69156, in {LAX}"}
 
-from report import first_reach
-from run import read_jsonl
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
-HALFWAY = WINDOW // 2
-ASSETS = HERE.parent / "assets"
+# --------------------------------------------------------------------------------------------------
+# Result lines and their statistics
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run: its line, its evaluations and its entropy (the mean of every ten steps)."""
+
+    line: dict
+    evals: list[dict]
+    entropy: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, line: dict) -> "Result":
+        keys = ("step", "eval/accuracy", "sampled_tokens")
+        return cls(line, [dict(zip(keys, values)) for values in line["evals"]], line["entropy"])
+
+    @property
+    def accuracy(self) -> float:
+        return self.evals[-1]["eval/accuracy"]
+
+    @property
+    def tokens(self) -> int:
+        return self.evals[-1]["sampled_tokens"]
+
+    def until(self, step: int) -> "Result":
+        evals = [line for line in self.evals if line["step"] <= step]
+        return replace(
+            self, evals=evals, entropy=[pair for pair in self.entropy if pair[0] <= step]
+        )
+
+    def at_tokens(self, tokens: float) -> dict:
+        """The last evaluation before this run had sampled more than that."""
+        return [line for line in self.evals if line["sampled_tokens"] <= tokens][-1]
+
+
+def results(file: str, rows) -> dict[str, list[Result]]:
+    """Row -> its runs, of the seeds that every one of these rows has."""
+    lines = {(line["row"], line["seed"]): line for line in read_jsonl(HERE / file)}
+    seeds = sorted(set.intersection(*({s for row, s in lines if row == wanted} for wanted in rows)))
+    if len(seeds) < 2:
+        raise SystemExit(f"error: {file} has fewer than two seeds with all of {', '.join(rows)}")
+    return {row: [Result.of(lines[row, seed]) for seed in seeds] for row in rows}
+
+
+def bounds(values: list[float]) -> tuple[float, float]:
+    """Of the mean's 95 % interval over seeds, by Student's t."""
+    half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def interval(values: list[float], digits: int = 2) -> str:
-    """Mean and 95 % interval over seeds."""
-    half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.fmean(values)
-    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+    low, high = bounds(values)
+    return f"{statistics.fmean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-class Result:
-    def __init__(self, line: dict):
-        self.line = line
-        self.evals = [{"step": s, "sampled_tokens": t, "eval/accuracy": a} for s, t, a in line["evaluations"]]
-
-    def at(self, step: int) -> float:
-        return next(line["eval/accuracy"] for line in self.evals if line["step"] == step)
-
-    def until(self, step: int) -> list[dict]:
-        return [line for line in self.evals if line["step"] <= step]
+def paired(mine: list[float], theirs: list[float]) -> list[float]:
+    return [a - b for a, b in zip(mine, theirs)]
 
 
-def early(found: dict[str, Result], seeds, scout: int) -> None:
-    print(f"\n### Early bootstrapping, scout of {scout} steps\n")
-    print(
-        "| seed | scout's final accuracy | steps: GRPO | steps: NPO | speed-up | tokens: GRPO | tokens: NPO, all counted | ratio |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    speed, cost = [], []
-    for seed in seeds:
-        grpo, npo = found[f"grpo-{seed}"].until(scout), found[f"early-{seed}"].evals
-        goal = grpo[-1]["eval/accuracy"]
-        steps = [first_reach(run, goal) for run in (grpo, npo)]
-        tokens = [first_reach(run, goal, "sampled_tokens") for run in (grpo, npo)]
-        assert all(steps), f"seed {seed} never reached {goal}: the mean below would hide it"
+def verdict(differences: list[float]) -> str:
+    """Of a claim that the paired differences lie above 0."""
+    low, high = bounds(differences)
+    return "holds" if low > 0 else "not confirmed" if high < 0 else "undecided"
+
+
+def speed_verdict(speed_ups: list[float]) -> str:
+    low, high = bounds(speed_ups)
+    if low <= 1:
+        return "slower" if high < 1 else "undecided"
+    if low <= PAPER_SPEED <= high:
+        return f"faster; consistent with {PAPER_SPEED}"
+    return f"faster, but by {'less' if high < PAPER_SPEED else 'more'}"
+
+
+def table(header: str, rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([f"| {header} |", "|" + "---|" * len(header.split(" | ")), *lines])
+
+
+# --------------------------------------------------------------------------------------------------
+# Sections of the page. `runs`: of every row, GRPO's up to STEPS; `long`: GRPO that goes on
+# --------------------------------------------------------------------------------------------------
+
+
+def early(runs: dict[str, list[Result]], long: list[Result]) -> str:
+    """The section on early bootstrapping."""
+    rows, speed, counted, cost, missed = [], [], [], [], 0
+    for grpo, npo in zip(runs["grpo"], runs["early"]):
+        scout = grpo.until(SCOUT)
+        to_goal = [
+            [first_reach(run.evals, scout.accuracy, key) for run in (scout, npo)]
+            for key in ("step", "sampled_tokens")
+        ]
+        if to_goal[0][1] is None:  # never there: its last step counts, so the ratios are bounds
+            missed += 1
+            to_goal[0][1], to_goal[1][1] = float(npo.evals[-1]["step"]), npo.tokens
+        steps, tokens = to_goal
         speed.append(steps[0] / steps[1])
+        counted.append(steps[0] / (SCOUT + steps[1]))
         cost.append(tokens[0] / tokens[1])
-        print(
-            f"| {seed} | {goal:.3f} | {steps[0]:.1f} | {steps[1]:.1f} | {speed[-1]:.2f} | {tokens[0]:,.0f} | {tokens[1]:,.0f} "
-            f"| {cost[-1]:.2f} |"
-        )
-    print(f"| mean [95 %] | | | | {interval(speed)} | | | {interval(cost)} |")
+        cells = [f"{grpo.line['seed']}", f"{scout.accuracy:.3f}", *(f"{n:.1f}" for n in steps)]
+        cells += [f"{speed[-1]:.2f}", f"{SCOUT + steps[1]:.1f}", f"{counted[-1]:.2f}"]
+        rows.append([*cells, *(f"{n:,.0f}" for n in tokens), f"{cost[-1]:.2f}"])
+    means = [interval(speed), "", interval(counted), "", "", interval(cost)]
+    rows.append(["mean [95 %]", "", "", "", *means])
+    header = "seed | scout's final accuracy | steps: GRPO | steps: NPO's replay | speed-up"
+    header += " | steps: scout + replay | ratio | tokens: GRPO | tokens: NPO, all counted | ratio"
+    spent = statistics.fmean(run.tokens for run in runs["early"])
+    same = [run.at_tokens(spent) for run in long]
+    ends = [run.accuracy for run in runs["early"]], [line["eval/accuracy"] for line in same]
+    step = statistics.fmean(line["step"] for line in same)
+    never = f"\n{missed} runs never reached the goal; their last step counts." if missed else ""
+    return f"""{table(header, rows)}
+{never}
+In steps of the replay alone: {interval(speed)}, {speed_verdict(speed)}. With the scout's steps
+counted: {interval(counted)}, {speed_verdict(counted)}; in sampled tokens: {interval(cost)}. The
+scout has already paid for that level once.
+
+At equal tokens, the {spent:,.0f} that {WINDOW} steps of NPO cost in all, NPO stands at
+{interval(ends[0])} ({len(ends[0])} seeds), and GRPO that goes on instead (step {step:.0f}) at
+{interval(ends[1])} ({len(same)} seeds)."""
 
 
-def is_correction(found: dict[str, Result]) -> None:
-    print(f"\n### Importance-sampling correction, guided through all {WINDOW} steps, {len(SEEDS)} seeds\n")
-    print(
-        f"| guide at step | its accuracy | prompts it solved | IS | speed-up to its accuracy | accuracy at {HALFWAY} "
-        f"| accuracy at {WINDOW} | IS minus no IS at {WINDOW} | largest ratio |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    plain = [found[f"grpo-{seed}"] for seed in SEEDS]
-    at = [interval([run.at(step) for run in plain], 3) for step in (HALFWAY, WINDOW)]
-    print(f"| none (GRPO) | | | | 1 | {at[0]} | {at[1]} | | |")
-    for distance in DISTANCES:
-        accuracy = statistics.fmean(run.at(distance) for run in plain)
-        ends = {}
-        for ratio in ("is-correction", "no-is-correction"):
-            runs = [found[f"guide{distance}-{ratio}-{seed}"] for seed in SEEDS]
-            ends[ratio] = [run.at(WINDOW) for run in runs]
-            speed, missed = [], 0
-            for run, grpo in zip(runs, plain):
-                goal = grpo.at(distance)
-                reached = first_reach(run.evals, goal)
-                missed += reached is None
-                speed.append(first_reach(grpo.until(distance), goal) / (reached or WINDOW))
-            solved = statistics.fmean(run.line["guide_solved"] for run in runs)
-            with_is = ratio == "is-correction"
-            paired = interval([a - b for a, b in zip(*ends.values())], 3) if len(ends) == 2 else ""
-            print(
-                f"| {distance} | {accuracy:.3f} | {solved:.0%} | {'yes' if with_is else 'no'} | {interval(speed)}"
-                f"{f' ({missed} not in {WINDOW} steps, counted as {WINDOW})' if missed else ''} | {interval([run.at(HALFWAY) for run in runs], 3)} "
-                f"| {interval(ends[ratio], 3)} | {paired} | {max(run.line['largest_ratio'] for run in runs):.1f} |"
-            )
+def reach(runs: list[Result], goals: list[float], key: str) -> str:
+    """Where the runs first reach their goals. Those that start beyond, or never do, are counted."""
+    found, begun = [], 0
+    for run, goal in zip(runs, goals):
+        beyond = run.evals[0]["eval/accuracy"] >= goal
+        begun += beyond
+        found.append(None if beyond else first_reach(run.evals, goal, key))
+    if begun == len(runs):
+        return "before it goes back"
+    unit = 1000 if key == "sampled_tokens" else 1
+    reached = [value / unit for value in found if value is not None]
+    count = f"{len(reached)} of {len(runs)} runs"
+    if len(reached) < 2:
+        return count
+    return interval(reached, 0) + (f" ({count})" if len(reached) < len(runs) else "")
 
 
-def late(found: dict[str, Result]) -> None:
-    print(f"\n### Late breakthrough, rolled back from step {PLATEAU_END} to {PLATEAU_START}, {len(LATE_SEEDS)} seeds\n")
-    print("| run | held-out accuracy | minus GRPO, same step | minus GRPO, equal tokens | step | sampled tokens |")
-    print("|---|---|---|---|---|---|")
-    grpo, npo = ([found[f"{name}-{seed}"] for seed in LATE_SEEDS] for name in ("long", "late"))
-    ends = {
-        f"GRPO, step {PLATEAU_START}": [run.until(PLATEAU_START)[-1] for run in grpo],
-        f"GRPO, step {PLATEAU_END}": [run.until(PLATEAU_END)[-1] for run in grpo],
-        f"NPO late, step {PLATEAU_END}": [run.evals[-1] for run in npo],
-        "GRPO, equal tokens": [equal_tokens(run, other) for run, other in zip(grpo, npo)],
-    }
-    accuracy = {name: [line["eval/accuracy"] for line in lines] for name, lines in ends.items()}
-    same, equal = accuracy[f"GRPO, step {PLATEAU_END}"], accuracy["GRPO, equal tokens"]
-    for name, lines in ends.items():
-        mine = accuracy[name]
-        paired = ["" if other is mine else interval([a - b for a, b in zip(mine, other)], 3) for other in (same, equal)]
-        step, tokens = (statistics.fmean(line[key] for line in lines) for key in ("step", "sampled_tokens"))
-        print(f"| {name} | {interval(mine, 3)} | {paired[0]} | {paired[1]} | {step:.0f} | {tokens:,.0f} |")
+def equal(long: list[Result], runs: list[Result]) -> list[dict]:
+    """GRPO's evaluations at the tokens that these runs sampled."""
+    return [mine.at_tokens(run.tokens) for mine, run in zip(long, runs)]
 
 
-def equal_tokens(grpo: Result, npo: Result) -> dict:
-    """The last evaluation of GRPO before it had sampled as many tokens as the whole of NPO late, scout and cache counted."""
-    return [line for line in grpo.evals if line["sampled_tokens"] <= npo.evals[-1]["sampled_tokens"]][-1]
+def beyond_equal(runs: list[Result], long: list[Result]) -> list[float]:
+    """Accuracies minus GRPO's at equal tokens."""
+    theirs = [line["eval/accuracy"] for line in equal(long, runs)]
+    return paired([run.accuracy for run in runs], theirs)
 
 
-def band(
-    axes, runs: list[Result], label: str, color: str, key: str = "step", style: str = "-", last: int | None = None
-) -> None:
-    """Mean over seeds, with the 95 % interval; by tokens, seeds are joined on a common grid."""
-    curves = [run.until(last) if last else run.evals for run in runs]
-    where = numpy.array([[line[key] for line in curve] for curve in curves], float)
+def comparison(runs: dict[str, list[Result]], long: list[Result]) -> str:
+    plain = [run.accuracy for run in runs["grpo"]]
+    base = [run.evals[0]["eval/accuracy"] for run in runs["grpo"]]
+    goals = "".join(f"steps to {goal:.0%} | thousand tokens to {goal:.0%} | " for goal in GOALS)
+    header = f"method | held-out accuracy at step {STEPS} | minus GRPO | minus GRPO, equal tokens"
+    header += f" | thousand tokens in all | {goals}largest ratio | entropy at the end"
+    rows = [["base", interval(base, 3), interval(paired(base, plain), 3)] + [""] * 8]
+    for row, mine in runs.items():
+        ends = [run.accuracy for run in mine]
+        cells = [LABELS[row], interval(ends, 3), "", ""]
+        if row != "grpo":
+            cells[2] = interval(paired(ends, plain), 3)
+            cells[3] = interval(beyond_equal(mine, long), 3)
+        cells.append(f"{statistics.fmean(run.tokens for run in mine) / 1000:,.0f}")
+        for share in GOALS:
+            levels = [share * accuracy for accuracy in plain]
+            cells += [reach(mine, levels, key) for key in ("step", "sampled_tokens")]
+        ratios = [run.line["npo/guide_ratio_max"] or 0 for run in mine]
+        cells.append(f"{max(ratios):.3g}" if any(ratios) and row not in BY_DEFINITION else "")
+        rows.append([*cells, interval([run.entropy[-1][1] for run in mine], 3)])
+    costliest = max(runs, key=lambda row: sum(run.tokens for run in runs[row]))
+    same = equal(long, runs[costliest])
+    ends = [e["eval/accuracy"] for e in same]
+    step, tokens = (statistics.fmean(e[key] for e in same) for key in ("step", "sampled_tokens"))
+    name = f"GRPO, as many tokens as {LABELS[costliest]} (step {step:.0f})"
+    differences = interval(paired(ends, plain), 3)
+    rows.append([name, interval(ends, 3), differences, "", f"{tokens / 1000:,.0f}"] + [""] * 6)
+    return table(header, rows)
+
+
+def clear_cases(gains: dict[str, list[float]], digits: int) -> tuple[str, str]:
+    """The rows whose gains are clearly below 0, and those clearly above, with their means."""
+    lists = [], []
+    for row, gain in gains.items():
+        low, high = bounds(gain)
+        if high < 0 or low > 0:
+            lists[low > 0].append(f"{LABELS[row]} ({statistics.fmean(gain):+.{digits}f})")
+    return "; ".join(lists[0]) or "no row", "; ".join(lists[1]) or "no row"
+
+
+def at_equal_tokens(runs: dict[str, list[Result]], long: list[Result]) -> str:
+    gains = {row: beyond_equal(mine, long) for row, mine in runs.items() if row != "grpo"}
+    behind, ahead = clear_cases(gains, 3)
+    best = max(gains, key=lambda row: sum(gains[row]))
+    return f"""**At equal tokens** GRPO is clearly ahead of: {behind}. Clearly ahead of it: {ahead}.
+The best mean is that of {LABELS[best]}: {interval(gains[best], 3)}."""
+
+
+def steps_to(share: float, runs: dict[str, list[Result]]) -> dict[str, list[float]]:
+    """Steps to that share of GRPO's final accuracy, for the rows whose runs all get there."""
+    goals, found = [share * run.accuracy for run in runs["grpo"]], {}
+    for row, mine in runs.items():
+        steps = [first_reach(run.evals, goal) for run, goal in zip(mine, goals)]
+        if None not in steps and mine[0].evals[0]["step"] == 0:  # late starts beyond
+            found[row] = steps
+    return found
+
+
+def against_early(runs: dict[str, list[Result]]) -> str:
+    steps = steps_to(GOALS[0], runs)
+    early = steps.pop("early", None)
+    gains = {row: paired(early, mine) for row, mine in steps.items() if early}
+    more, fewer = clear_cases(gains, 0)
+    return f"""**In steps to {GOALS[0]:.0%}** (NPO early's minus theirs) NPO early is clearly slower
+than: {fewer}. Clearly faster than: {more}."""
+
+
+def claims(runs: dict[str, list[Result]]) -> str:
+    final = {row: [run.accuracy for run in mine] for row, mine in runs.items()}
+    rows = []
+
+    def minus(better: str, worse: str) -> str:
+        difference = interval(paired(final[better], final[worse]), 3)
+        return f"{LABELS[better]} minus {LABELS[worse]}: {difference}"
+
+    for claim, better, worse in CLAIMS:
+        says = verdict(paired(final[better], final[worse]))
+        rows.append([claim, minus(better, worse), says])
+    for share in GOALS:
+        steps = steps_to(share, runs)
+        for claim, row, before in (
+            (f"early is about {PAPER_SPEED} times as fast (replay alone)", "early", 0),
+            (f"the same with the scout's {SCOUT} steps counted", "early", SCOUT),
+            ("GRPO with G = 16, no guide, by the same measure", "grpo-16", 0),
+        ):
+            measured, says = "not every run gets there", "undecided"
+            if "grpo" in steps and row in steps:
+                speed = [a / (b + before) for a, b in zip(steps["grpo"], steps[row])]
+                measured, says = interval(speed), speed_verdict(speed)
+            rows.append([claim, f"GRPO's steps to {share:.0%} over its: {measured}", says])
+    low, high = bounds(paired(final["early-no-is"], final["early"]))
+    within = low > -BARELY and high < BARELY
+    says = "holds" if within else "undecided" if low <= 0 <= high else "not confirmed"
+    claim = f"NPO barely changes without IS (by less than {BARELY}, our margin; the sources say it "
+    claim += "of the *late* stage, this is the early one)"
+    rows.append([claim, minus("early-no-is", "early"), says])
+    other = f"not run. Without *shaping*, w in place of f(w): {minus('luffy-unshaped', 'luffy')}"
+    rows.append(["LUFFY without importance sampling collapses", other, "not tested"])
+    return table("claim | measured here | verdict", rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures and page
+# --------------------------------------------------------------------------------------------------
+
+
+def curve(axes, runs, label, color, key="step", style="-", shift=0, seeds=False) -> None:
+    """Mean over seeds with its 95 % interval, and every seed's own curve if wanted."""
+    unit = 1000 if key == "sampled_tokens" else 1
+    where = numpy.array([[line[key] for line in run.evals] for run in runs], float) / unit + shift
+    values = numpy.array([[line["eval/accuracy"] for line in run.evals] for run in runs])
     grid = where.mean(axis=0)
-    values = numpy.array([numpy.interp(grid, x, [line["eval/accuracy"] for line in curve]) for x, curve in zip(where, curves)])
-    mean = values.mean(axis=0)
-    half = T_975[len(runs)] * values.std(axis=0, ddof=1) / len(runs) ** 0.5
-    grid = grid / 1000 if key == "sampled_tokens" else grid
+    on_grid = numpy.array([numpy.interp(grid, x, y) for x, y in zip(where, values)])
+    half = T_975[len(runs)] * on_grid.std(axis=0, ddof=1) / len(runs) ** 0.5
+    mean = on_grid.mean(axis=0)
     axes.plot(grid, mean, style, color=color, label=label)
-    axes.fill_between(grid, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+    axes.fill_between(grid, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
+    for x, y in zip(where, values) if seeds else ():
+        axes.plot(x, y, color=color, lw=0.5, alpha=0.5)
 
 
-def figures(found: dict[str, Result]) -> None:
-    runs = {name: [found[f"{name}-{seed}"] for seed in SEEDS] for name in ("grpo", "early")}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+def draw_early(runs: dict[str, list[Result]], long: list[Result]) -> None:
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    going_on, name = [run.until(2 * WINDOW) for run in long], f"NPO, guide from step {SCOUT}"
     for axes, key in ((left, "step"), (right, "sampled_tokens")):
-        band(axes, runs["grpo"], "GRPO", "C0", key, last=WINDOW)
-        band(axes, runs["early"], f"NPO, guide from step {SCOUT}", "C1", key, last=WINDOW)
-    long = [found[f"long-{seed}"] for seed in LATE_SEEDS]
-    band(right, long, f"GRPO going on, {len(long)} seeds", "C2", "sampled_tokens", "--", last=3 * WINDOW)
-    left.axvline(SCOUT, color="grey", lw=0.8, ls=":")
-    left.text(SCOUT + 1, 0.02, "guided until here", color="grey", fontsize=8)
-    left.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1), title="by steps")
-    right.set(xlabel="thousand sampled tokens", title="by all sampled tokens, scout and cache counted")
-    right.legend()
-    finish(figure, (left, right), "early.png")
-    spent = statistics.fmean(run.evals[-1]["sampled_tokens"] for run in runs["early"])
-    equal = [[line for line in run.evals if line["sampled_tokens"] <= spent][-1] for run in long]
-    print(f"\nAt the {spent:,.0f} tokens that {WINDOW} steps of NPO early cost in all ({interval([r.at(WINDOW) for r in runs['early']], 3)}), "
-          f"GRPO (step {equal[0]['step']}, {len(long)} seeds) is at {interval([line['eval/accuracy'] for line in equal], 3)}.")  # fmt: skip
-
-    figure, panels = pyplot.subplots(1, len(DISTANCES), figsize=(12, 3.4), layout="constrained", sharey=True)
-    for axes, distance in zip(panels, DISTANCES):
-        band(axes, runs["grpo"], "GRPO", "grey", last=WINDOW)
-        for ratio, label, color in (("is-correction", "NPO", "C1"), ("no-is-correction", "NPO without IS", "C3")):
-            band(axes, [found[f"guide{distance}-{ratio}-{seed}"] for seed in SEEDS], label, color, last=WINDOW)
-        axes.axvline(distance, color="grey", lw=0.8, ls=":")
-        axes.set(xlabel="step", title=f"guide from step {distance}", ylim=(0, 1))
-    panels[0].set_ylabel("held-out accuracy")
-    finish(figure, panels, "is_correction.png")
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
-    band(axes, [found[f"long-{seed}"] for seed in LATE_SEEDS], "GRPO", "C0")
-    band(axes, [found[f"late-{seed}"] for seed in LATE_SEEDS], f"NPO late, back from {PLATEAU_END} to {PLATEAU_START}", "C1")
-    spent = equal_tokens(found[f"long-{LATE_SEEDS[0]}"], found[f"late-{LATE_SEEDS[0]}"])["step"]
-    axes.axvline(spent, color="grey", lw=0.8, ls=":")
-    axes.text(spent - 4, 0.02, "GRPO has sampled as much\nas all of NPO late", color="grey", fontsize=8, ha="right")
-    axes.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
-    finish(figure, [axes], "late.png")
+        curve(axes, runs["grpo"], "GRPO", "C0", key, seeds=True)
+        curve(axes, runs["early"], name, "C1", key, seeds=True)
+        curve(axes, going_on, f"GRPO that goes on ({len(long)} seeds)", "C2", key, "--")
+    curve(left, runs["early"], "NPO, the scout's steps counted", "C1", style=":", shift=SCOUT)
+    left.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1), xlim=(0, WINDOW + SCOUT))
+    right.set(xlabel="thousand sampled tokens, scout and guide cache counted", xlim=(0, None))
+    left.legend(fontsize=8)
+    save(figure, "early.svg")
 
 
-def finish(figure, panels, name: str) -> None:
-    for axes in panels:
+def draw_comparison(runs: dict[str, list[Result]], long: list[Result]) -> None:
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    for panels, rows in zip(figure.subplots(2, 2, sharey=True), (OTHERS, OURS)):
+        for axes, key in zip(panels, ("step", "sampled_tokens")):
+            for row in rows:
+                curve(axes, runs[row], *ROWS[row], key)
+        curve(panels[1], long, "GRPO that goes on", "black", "sampled_tokens", ":")
+        panels[0].set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
+        panels[1].set(xlabel="thousand sampled tokens, guides' included", xlim=(0, None))
+        panels[1].legend(fontsize=8)
+    save(figure, "compare.svg")
+
+
+def save(figure: Figure, name: str) -> None:
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-    if not figure.legends:
-        panels[0].legend()
-    figure.savefig(ASSETS / name, dpi=90)
-    pyplot.close(figure)
+    with matplotlib.rc_context({"svg.hashsalt": "npo"}):  # the same file from the same numbers
+        figure.savefig(DOCS / "figures" / name, metadata={"Date": None, "Creator": None})
+
+
+def commands(runs: dict[str, list[Result]]) -> str:
+    lines = "\n".join(f"{mine[0].line['command']}    # {row}" for row, mine in runs.items())
+    return f"<details><summary>Commands, first seed</summary>\n\n```\n{lines}\n```\n\n</details>"
+
+
+def at_steps(compared: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    """The comparison's rows; GRPO, which goes on as the control at equal tokens, until STEPS."""
+    return compared | {"grpo": [run.until(STEPS) for run in compared["grpo"]]}
+
+
+def results_page() -> str:
+    """All of docs/results.md."""
+    first, first_long, compared = every_result()
+    runs, long = at_steps(compared), compared["grpo"]
+    lines = [run.line for mine in (*first.values(), first_long, *compared.values()) for run in mine]
+    worlds = {WORLDS.get(base, f"from base {base}") for base in {line["base"] for line in lines}}
+    return TEMPLATE.read_text().format(
+        worlds="; ".join(sorted(worlds)),
+        commits=", ".join(sorted({line["commit"] for line in lines})),
+        scout=SCOUT,
+        steps=STEPS,
+        early=early(first, first_long),
+        early_commands=commands(first | {"long": first_long}),
+        seeds=", ".join(str(run.line["seed"]) for run in long),
+        comparison=comparison(runs, long),
+        equal_tokens=at_equal_tokens(runs, long),
+        against_early=against_early(runs),
+        compare_commands=commands(compared),
+        claims=claims(runs),
+        count=len(long),
+        least=2 / 2 ** len(long),
+    )
+
+
+def every_result() -> tuple[dict[str, list[Result]], list[Result], dict[str, list[Result]]]:
+    """Of the group "early", of its GRPO that goes on, and of the group "compare"."""
+    first, long = results("claims.jsonl", ("grpo", "early")), results("claims.jsonl", ("long",))
+    return first, long["long"], results("compare.jsonl", LABELS)
 
 
 def main() -> None:
-    found = {line["name"]: Result(line) for line in read_jsonl(RESULTS)}
-    early(found, SEEDS, SCOUT)
-    first = {line["name"]: Result(line) for line in read_jsonl(HERE / "claims_16_prompts.jsonl")}
-    print("\nThe first attempt, with 16 prompts a step:")
-    early(first, range(4), 30)
-    is_correction(found)
-    late(found)
-    figures(found)
+    first, first_long, compared = every_result()
+    (DOCS / "results.md").write_text(results_page())
+    draw_early(first, first_long)
+    draw_comparison(at_steps(compared), compared["grpo"])
+    (DOCS / "figures" / "method.svg").write_text(method_figure())
 
 
 if __name__ == "__main__":

@@ -1,68 +1,121 @@
+"""What tests share: the tiny base, prompts, made-up groups, a verifier that is easy to please."""
+
+import copy
+import json
 import os
+import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests at a time on two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that pytest -n can use all cores
 
-import cards  # noqa: E402
-import tasks  # noqa: E402
-from policy import Completion, Group, Inputs, Policy  # noqa: E402
+from plumbing import data
+from plumbing.checkpoints import make_optimizer, save_checkpoint
+from plumbing.model import Policy
+from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
+from plumbing.settings import RunConfig
+from worlds import cards
 
-SMALL = ["--prompts-per-step", "2", "--group-size", "4", "--eval-prompts", "4", "--eval-samples", "1", "--eval-every", "2",
-         "--save-every", "2", "--max-new-tokens", "40", "--micro-batch-size", "8"]  # fmt: skip
+ROOT = Path(__file__).parent.parent
+
+# A run of seconds: fields of a configuration, the same as flags, and with fields that let it learn
+SIZES = {
+    "prompts_per_step": 2,
+    "group_size": 4,
+    "eval_prompts": 4,
+    "eval_samples": 1,
+    "eval_every": 2,
+    "save_every": 2,
+    "max_new_tokens": 40,
+    "micro_batch_size": 8,
+}
+SMALL = [word for name, n in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(n))]
+TINY = SIZES | {"lr": 1e-3, "temperature": 1.7}
 
 
 @pytest.fixture(scope="session")
 def base() -> Policy:
     """The tiny base, for tests that do not change it."""
-    return Policy(cards.BASE, device="cpu")
+    return Policy(cards.BASE)
 
 
 @pytest.fixture
-def fresh() -> Policy:
-    return Policy(cards.BASE, device="cpu")
+def fresh(base) -> Policy:
+    """A copy of it, to change."""
+    return copy.deepcopy(base)
 
 
 @pytest.fixture(scope="session")
-def prompts() -> tasks.PromptSet:
-    return tasks.load_prompts("cards")[0]
+def tiny(tmp_path_factory) -> dict:
+    """TINY for the base with two digits as further stop tokens: answers have about 7 tokens."""
+    path = tmp_path_factory.mktemp("model") / "stops_early"
+    shutil.copytree(cards.BASE, path)
+    stops = {"eos_token_id": [2, 7, 12], "pad_token_id": 0}  # <|im_end|>, "0" and "5"
+    (path / "generation_config.json").write_text(json.dumps(stops))
+    return TINY | {"model": str(path), "dataset": "cards", "max_new_tokens": 16}
+
+
+@pytest.fixture(scope="session")
+def prompts() -> data.PromptSet:
+    """The cards world's training prompts."""
+    return data.load_prompts(RunConfig())[0]
 
 
 @pytest.fixture
 def command():
-    """Runs `python SCRIPT FLAGS…` from the repository root."""
+    """Runs `python WORDS…` (a script, or -m and a module) from the repository root."""
 
     def run(*words, check: bool = True, **options) -> subprocess.CompletedProcess:
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **options)
+        line = [sys.executable, *map(str, words)]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, **options)
         assert not check or done.returncode == 0, done.stderr[-3000:]
         return done
 
     return run
 
 
+def lucky(response: str | None, gold: str, choices: list[str] | None = None) -> bool:
+    """Stands in for `verifier.is_correct` where few answers must hold right and wrong ones."""
+    return zlib.crc32(response.encode()) % 3 == 0
+
+
+def save(policy: Policy, path: Path, step: int = 0, **state) -> Path:
+    """A checkpoint of the policy with a new optimizer."""
+    optimizer = make_optimizer(policy.parameters(), 1e-3, 0.0)
+    save_checkpoint(policy, path, {"step": step, "sampled_tokens": 0} | state, optimizer)
+    return path
+
+
 def cards_file(path: Path, count: int, changes: dict[int, dict] | None = None) -> None:
-    """Cards as a data set in geometry3k's schema (images, problem, answer), some rows with other values."""
+    """Cards as a data set in geometry3k's schema, some rows with other values."""
     import datasets
 
-    rows = [{"images": [cards.draw(hand)], "problem": f"<image>{cards.question(hand)}", "answer": str(hand.total)}
-            | (changes or {}).get(number, {}) for number, hand in enumerate(cards.hands("train")[:count])]  # fmt: skip
-    kinds = datasets.Features(
-        images=datasets.List(datasets.Image()), problem=datasets.Value("string"), answer=datasets.Value("string")
-    )
+    rows = [
+        {
+            "images": [cards.draw(hand)],
+            "problem": f"<image>{cards.question(hand)}",
+            "answer": str(hand.total),
+        }
+        | (changes or {}).get(number, {})
+        for number, hand in enumerate(cards.hands("train")[:count])
+    ]
+    text, images = datasets.Value("string"), datasets.List(datasets.Image())
+    kinds = datasets.Features(images=images, problem=text, answer=text)
     datasets.Dataset.from_list(rows, features=kinds).to_parquet(path)
 
 
 def group_of(accuracies: list[float], prompt_id: str = "p") -> Group:
-    """A group with made-up completions, one token each, whose rewards are 0.1 + 0.9 accuracy."""
-    prompt = tasks.Prompt(prompt_id, [], [], "0")
+    """A group of made-up completions of two tokens, whose rewards are 0.1 + 0.9 accuracy."""
     completions = [
-        Completion(prompt_id, [7, i], [-0.5, -0.25], f"answer {i}", True, accuracy=a, reward=0.1 + 0.9 * a)
+        Completion(
+            prompt_id, [7, i], [-0.5, -0.25], f"answer {i}", True, accuracy=a, reward=0.1 + 0.9 * a
+        )
         for i, a in enumerate(accuracies)
     ]
-    return Group(prompt, Inputs([1, 2]), completions)
+    return Group(Prompt(prompt_id, [], [], "0"), EncodedPrompt([1, 2]), completions)

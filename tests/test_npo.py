@@ -1,31 +1,32 @@
-"""Slot replacement, the guide's ratio, the cache, the interventions, and that nothing else changed."""
+"""Slot replacement, the guide's ratio, the interventions, and that nothing else changed."""
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import group_of
+from conftest import group_of, lucky, save
+from safetensors.torch import load_file
 
 import grpo
 import npo
-from npo import NPOConfig, replace_slot
-from policy import Completion, Policy
-from run import checkpoint_path, derived_seed, read_jsonl, rows_of_step
-from tasks import UsageError
+from grpo import GRPOConfig
+from npo import GuidedConfig, NPOConfig, replace_slot
+from plumbing import UsageError, run
+from plumbing.checkpoints import checkpoint_path, checkpoint_state
+from plumbing.data import load_prompts
+from plumbing.guide_cache import GuideCache
+from plumbing.rollout import Completion
+from plumbing.run import derived_seed, read_jsonl, rows_of_step
+from worlds import cards
 
-GUIDE = Completion("p", [9, 9, 9], [-0.1, -0.2, -0.3], "guided", True, source="guide@40", accuracy=1.0, reward=1.0)
-TINY = dict(prompts_per_step=2, group_size=4, eval_prompts=4, eval_samples=1, eval_every=2, save_every=2, max_new_tokens=40,
-            micro_batch_size=8, guide_samples=4, scout_steps=2, temperature=1.7, device="cpu")  # fmt: skip
-
-
-def lucky(response, gold, choices=None) -> bool:
-    """Stands in for the verifier where a few steps of the tiny base must find some right answers, and some wrong."""
-    return zlib.crc32(response.encode()) % 3 == 0
+LOGPROBS = [-0.1, -0.2, -0.3]
+GUIDE = Completion("p", [9, 9, 9], LOGPROBS, "guided", True, "guide@40", accuracy=1.0, reward=1.0)
+GUIDED = {"guide_samples": 4, "scout_steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def lucky(response, gold, choices=None) -> bool:
         ([1, 1, 0, 1], 0.6, False),
         ([1, 1, 0, 1], 0.75, True),
         ([1, 1, 1, 1], 1.0, True),
-        ([0, 0, 0, 1], 0.0, False),  # the last slot counts in the pass-rate although it may be replaced
+        ([0, 0, 0, 1], 0.0, False),  # the last slot counts, although it may be replaced
         ([0, 0, 0, 0], 0.0, True),
     ],
 )
@@ -53,7 +54,8 @@ def test_replace_slot(accuracies, gate, replaced):
 def test_no_guide_no_replacement_and_the_default_gate_is_the_papers():
     group = group_of([0.0, 0.0, 0.0])
     assert replace_slot(group, None) is group
-    assert replace_slot(group_of([1.0, 1.0, 1.0, 0.0, 0.0]), GUIDE).completions[-1] is GUIDE  # 0.6
+    at_the_gate = group_of([1.0, 1.0, 1.0, 0.0, 0.0])
+    assert replace_slot(at_the_gate, GUIDE).completions[-1] is GUIDE
     assert NPOConfig().gate == 0.6
 
 
@@ -66,89 +68,77 @@ def test_the_gate_sees_accuracy_not_reward():
 
 @pytest.fixture
 def guided(base, prompts):
-    """Two failed groups, the first with a guide's answer whose recorded log-probs are not the policy's."""
+    """Two failed groups, an answer of a guide for the first, and the ratios that it must have."""
     groups = base.sample([prompts[1], prompts[2]], 4, 40, 1.0, seed=1)
     for group in groups:
         for completion in group.completions:
             completion.accuracy, completion.reward = 0.0, 0.1
     other = base.sample([prompts[1]], 1, 40, 1.0, seed=2)[0].completions[0]
-    ratios = torch.linspace(0.3, 1.6, len(other.token_ids))
-    recorded = [lp - math.log(r) for lp, r in zip(other.behavior_logprobs, ratios.tolist())]
-    guide = dataclasses.replace(other, behavior_logprobs=recorded, source="guide@7", accuracy=1.0, reward=1.0)
-    return groups, guide, ratios
+    ratios = torch.linspace(0.3, 1.6, len(other.token_ids)).tolist()
+    recorded = [lp - math.log(r) for lp, r in zip(other.behavior_logprobs, ratios)]
+    facts = {"source": "guide@7", "accuracy": 1.0, "reward": 1.0}
+    return groups, dataclasses.replace(other, behavior_logprobs=recorded, **facts), ratios
 
 
-def test_the_guides_ratio_is_policy_over_guide(fresh, guided):
-    """rho = pi_theta / q with q the *recorded* log-probs; its gradient against the formula, token by token."""
+def spy(monkeypatch) -> list[tuple]:
+    """(arguments, per-token results) of every call of the objective."""
+    calls, original = [], grpo.clipped_policy_loss
+
+    def watched(*arguments):
+        loss, per_token = original(*arguments)
+        calls.append((arguments, per_token))
+        return loss, per_token
+
+    monkeypatch.setattr(grpo, "clipped_policy_loss", watched)
+    return calls
+
+
+def test_the_guides_ratio_is_policy_over_guide(base, guided, monkeypatch):
+    """q are the recorded log-probs; the gradient against the formula, token by token."""
     groups, guide, ratios = guided
-    mixed = [replace_slot(groups[0], guide, 0.6), groups[1]]
-    config = NPOConfig(clip_low=0.25, clip_high=0.35, max_grad_norm=1e9)
-    captured = []
-    original = grpo.clipped_policy_loss
-
-    def spy(*arguments, **options):
-        captured.append(arguments)
-        return original(*arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "clipped_policy_loss", spy)
-        stats = grpo.update(fresh, torch.optim.SGD(fresh.parameters(), lr=0.0), mixed, config)
-    assert stats["npo/guide_ratio_mean"] == pytest.approx(ratios.mean().item(), rel=1e-3)
+    mixed, calls = [replace_slot(groups[0], guide, 0.6), groups[1]], spy(monkeypatch)
+    config = NPOConfig(clip_low=0.25, clip_high=0.35)
+    stats = grpo.update(base, torch.optim.SGD(base.parameters(), lr=0.0), mixed, config)
+    monkeypatch.undo()
+    assert stats["npo/guide_ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-3)
     assert stats["npo/guide_ratio_min"] == pytest.approx(0.3, rel=1e-3)
     assert stats["npo/guide_ratio_max"] == pytest.approx(1.6, rel=1e-3)
     assert stats["frac_reward_zero_std"] == 0.5
-    logprobs, old, advantages, mask = captured[0][:4]
-    assert advantages.tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], abs=1e-3)  # over the mixed group of four
-    free = logprobs.detach().requires_grad_()
-    original(free, old, advantages, mask, 0.25, 0.35, num_sequences=8)[0].backward()
-    length = len(guide.token_ids)
-    expected = [-(r if r <= 1.35 else 0.0) * 1.5 / length / 8 for r in ratios.tolist()]  # positive: clipped from above only
+    logprobs, old, advantages, mask = calls[0][0][:4]
+    assert advantages.tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], abs=1e-3)  # of all four
+    free, length = logprobs.detach().requires_grad_(), len(guide.token_ids)
+    grpo.clipped_policy_loss(free, old, advantages, mask, 0.25, 0.35, 8)[0].backward()
+    kept = [r if r <= 1.35 else 0.0 for r in ratios]  # A > 0: clipped from above only
+    expected = [-r * 1.5 / length / 8 for r in kept]
     assert free.grad[3, :length].tolist() == pytest.approx(expected, rel=2e-3, abs=1e-9)
 
 
-def test_without_is_correction_the_ratio_starts_at_one(fresh, guided):
+def test_without_is_correction_the_ratio_starts_at_one(fresh, guided, monkeypatch):
+    """And at the second update of the batch it is pi_new / pi_before, no longer 1."""
     groups, guide, _ = guided
-    mixed = [replace_slot(groups[0], guide, 0.6), groups[1]]
-    config = NPOConfig(is_correction=False)
-    plain = npo.without_is_correction(mixed, fresh, config)
-    assert plain[1] is mixed[1] and mixed[0].completions[-1] is guide  # the cache keeps the guide's own log-probs
-    stats = grpo.update(fresh, torch.optim.SGD(fresh.parameters(), lr=0.0), plain, config)
-    for name in ("mean", "min", "max"):
-        assert stats[f"npo/guide_ratio_{name}"] == pytest.approx(1.0, abs=1e-5)
+    plain = dataclasses.replace(guide, behavior_logprobs=None)
+    mixed, calls = [replace_slot(groups[0], plain, 0.6), groups[1]], spy(monkeypatch)
+    config = NPOConfig(updates_per_batch=2)
+    grpo.update(fresh, torch.optim.AdamW(fresh.parameters(), lr=1e-2), mixed, config)
+    length = len(guide.token_ids)
+    first, second = (per_token["ratio"][3, :length] for _, per_token in calls)
+    assert (first == 1).all() and (second - 1).abs().max() > 1e-2
+    before, denominator = calls[0][0][0][3].detach(), calls[1][0][1][3]
+    assert torch.equal(before, denominator)
 
 
-def test_several_updates_without_is_correction_keep_the_first_policys_logprobs(fresh, guided, monkeypatch):
-    """At the second update of a batch the ratio is pi_new / pi_before, no longer 1."""
-    groups, guide, _ = guided
-    config = NPOConfig(is_correction=False, updates_per_batch=2)
-    plain = npo.without_is_correction([replace_slot(groups[0], guide, 0.6)], fresh, config)
-    original, ratios = grpo.clipped_policy_loss, []
-
-    def spy(*arguments, **options):
-        loss, stats = original(*arguments, **options)
-        ratios.append(stats["ratio"][3, : len(guide.token_ids)])
-        return loss, stats
-
-    monkeypatch.setattr(grpo, "clipped_policy_loss", spy)
-    grpo.update(fresh, torch.optim.AdamW(fresh.parameters(), lr=1e-2), plain, config)
-    assert (ratios[0] - 1).abs().max() < 1e-5 and (ratios[1] - 1).abs().max() > 1e-2
+def digest(path: Path) -> str:
+    return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
 
 
-def weights(path: Path) -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(path / "model.safetensors")
-
-
-def test_npo_with_an_empty_cache_is_grpo_bit_by_bit(tmp_path, monkeypatch):
+def test_npo_with_an_empty_cache_is_grpo_bit_by_bit(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("verifier.is_correct", lucky)
-    settings = {name: value for name, value in TINY.items() if name not in ("guide_samples", "scout_steps")}
-    grpo.train(grpo.GRPOConfig(steps=5, lr=1e-3, **settings), tmp_path / "grpo")
-    npo.train(NPOConfig(steps=5, lr=1e-3, **TINY), tmp_path / "npo", {}, until=5, start=None, spent_tokens=0)
-    mine, theirs = (weights(checkpoint_path(tmp_path / name, 5)) for name in ("grpo", "npo"))
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    start = weights(Path(npo.model_path(NPOConfig())))
-    assert any(not torch.equal(mine[name], start[name]) for name in mine)
+    grpo.train(GRPOConfig(steps=3, **tiny), tmp_path / "grpo")
+    npo.train(NPOConfig(steps=3, **tiny), tmp_path / "npo", GuideCache(), None)
+    mine, theirs = (digest(checkpoint_path(tmp_path / name, 3)) for name in ("npo", "grpo"))
+    assert mine == theirs != digest(cards.BASE)
+    mine, theirs = (read_jsonl(tmp_path / name / "samples.jsonl") for name in ("npo", "grpo"))
+    assert mine == theirs and len(mine) == 3
 
 
 def test_prompts_of_a_step_depend_on_seed_and_step_alone():
@@ -156,39 +146,117 @@ def test_prompts_of_a_step_depend_on_seed_and_step_alone():
     first = rows_of_step(2048, 1, config)
     assert first == rows_of_step(2048, 1, config)
     epoch = [row for step in range(1, 8) for row in rows_of_step(2048, step, config)]
-    assert len(set(epoch[:2048])) == 2048  # each prompt once an epoch, also where a step spans two epochs
+    assert len(set(epoch[:2048])) == 2048  # each once an epoch, also where a step spans two
     assert set(epoch[2048:]) <= set(epoch[:2048]) and epoch[2048:] != epoch[:52]
     assert first != rows_of_step(2048, 1, NPOConfig(seed=6, prompts_per_step=300))
     assert derived_seed(0, "sample", 1) != derived_seed(0, "sample", 2)
 
 
+# ------------------------------------------------------------- every flag of the method acts
+
+FLAGS = {
+    "prompts_per_step": 3,
+    "group_size": 4,
+    "max_new_tokens": 9,
+    "temperature": 1.2,
+    "updates_per_batch": 3,
+    "clip_low": 0.05,
+    "clip_high": 0.1,
+    "lr": 5e-3,
+    "weight_decay": 0.5,
+    "max_grad_norm": 0.01,
+    "gate": 0.0,
+    "guide_samples": 5,
+    "is_correction": False,
+}
+# Two updates per batch, so that ratios leave the clip range
+ACTIVE = {"lr": 1e-2, "updates_per_batch": 2, "group_size": 3, "eval_prompts": 1}
+GUIDANCE = {"steps": 1, "guided_until": 1, "guide_samples": 6}
+
+
 @pytest.fixture(scope="module")
-def early(tmp_path_factory):
-    """A whole early run, 2 + 3 steps, whose tiny scout counts as having solved what it answers."""
+def after_one_step(base, tiny, tmp_path_factory):
+    """Trains one guided step and returns the parameters after it."""
+    out = tmp_path_factory.mktemp("flags")
+    guide = copy.deepcopy(base)
+    guide.stock_generation_config.eos_token_id = [2, 7, 12]  # as in `tiny`
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=torch.manual_seed(3)))
+    save(guide, out / "guide", step=1)
+
+    def train(**flags) -> torch.Tensor:
+        path = out / f"run{len(list(out.iterdir()))}"
+        settings = tiny | ACTIVE | GUIDANCE | {"guide": str(out / "guide"), "out": str(path)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("verifier.is_correct", lucky)
+            npo.intervene(NPOConfig(**settings | flags), path)
+        assert read_jsonl(path / "metrics.jsonl")[1]["grad_norm"] > 0
+        weights = load_file(checkpoint_path(path, 1) / "model.safetensors")
+        return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def by_default(after_one_step):
+    return after_one_step()
+
+
+def test_every_flag_of_the_method_is_tried(by_default, after_one_step):
+    named = GRPOConfig.__annotations__.keys() | GuidedConfig.__annotations__.keys()
+    assert FLAGS.keys() == named - {"out"}, "give a new flag a value that must change a step"
+    assert torch.equal(after_one_step(), by_default)  # so a difference is the flag's
+    split = after_one_step(micro_batch_size=2)
+    assert (split - by_default).abs().max() < 1e-5  # memory only
+
+
+@pytest.mark.parametrize(("flag", "value"), FLAGS.items())
+def test_every_flag_of_the_method_changes_the_parameters(after_one_step, by_default, flag, value):
+    assert (after_one_step(**{flag: value}) - by_default).abs().max() > 1e-4
+
+
+# ---------------------------------------------------------------------------- interventions
+
+
+@pytest.fixture(scope="module")
+def early(tiny, tmp_path_factory):
+    """A whole early run, 2 + 3 steps."""
     out = tmp_path_factory.mktemp("early") / "run"
-    config = NPOConfig(steps=3, lr=1e-3, out=str(out), **TINY)
+    config = NPOConfig(steps=3, out=str(out), **tiny, **GUIDED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("verifier.is_correct", lucky)
         npo.main(config)
     return config, out
 
 
+def ids_of_steps(config, steps) -> list[str]:
+    prompts, _ = load_prompts(config)
+    return [prompts[row].id for step in steps for row in rows_of_step(2048, step, config)]
+
+
 def test_early_writes_the_whole_run_directory(early):
     config, out = early
-    names = {path.relative_to(out).as_posix() for path in out.rglob("*")}
-    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "guide.jsonl", "curves.png", "summary.json",
-                 "checkpoints/step_000002/optimizer.pt", "checkpoints/step_000003/model.safetensors",
-                 "scout/metrics.jsonl", "scout/checkpoints/step_000002/state.json"):  # fmt: skip
-        assert name in names
-    assert not [name for name in names if "tmp" in name or "partial" in name]
-    assert json.loads((out / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
+    written = ("metrics.jsonl", "samples.jsonl", "guide.jsonl", "curves.png")
+    for name in (*written, "scout/metrics.jsonl"):
+        assert (out / name).is_file(), name
+    for path in (
+        checkpoint_path(out, 2),
+        checkpoint_path(out, 3),
+        checkpoint_path(out / "scout", 2),
+    ):
+        inside = {file.name for file in path.iterdir()}
+        assert inside > {"model.safetensors", "optimizer.pt", "state.json"}
+    assert not list(out.rglob("*tmp*"))
+    stored = json.loads((out / "config.json").read_text())
+    assert stored == json.loads(json.dumps(dataclasses.asdict(config)))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["scout"]["steps"] == 2
 
 
 def test_costs_of_scout_and_cache_are_counted(early):
     _, out = early
-    scout = json.loads((out / "scout/checkpoints/step_000002/state.json").read_text())["sampled_tokens"]
+    scout = checkpoint_state(checkpoint_path(out / "scout", 2))["sampled_tokens"]
     header, *lines = read_jsonl(out / "guide.jsonl")
     cache = sum(line["sampled_tokens"] for line in lines)
     metrics = read_jsonl(out / "metrics.jsonl")
@@ -197,32 +265,11 @@ def test_costs_of_scout_and_cache_are_counted(early):
     assert metrics[-1]["sampled_tokens"] > metrics[1]["sampled_tokens"] > scout + cache
 
 
-def test_the_cache_holds_the_segments_prompts_once_each(early):
+def test_the_cache_holds_the_guided_steps_prompts_once_each(early):
     config, out = early
     header, *lines = read_jsonl(out / "guide.jsonl")
-    train_prompts, _ = npo.load_config_prompts(config)
-    expected = [
-        train_prompts[row].id for step in (1, 2) for row in rows_of_step(2048, step, config)
-    ]  # step 3 is beyond the guide
-    assert [line["prompt_id"] for line in lines] == expected and header["prompts"] == 4
-    assert header["guide_step"] == 2
-    for line in lines:
-        if line["completion"]:  # one that was right but cut is not kept
-            done = line["completion"]
-            assert line["pass_rate"] > 0 and done["accuracy"] == 1 and done["finished"] and done["source"] == "guide@2"
-            assert len(done["token_ids"]) == len(done["behavior_logprobs"]) > 0
-
-
-def test_recorded_logprobs_are_the_guides_own(early):
-    config, out = early
-    _, cache, _ = npo.load_cache(config, out / "guide.jsonl")
-    guide = Policy(checkpoint_path(out / "scout", 2), device="cpu")
-    prompts = {p.id: p for p in npo.load_config_prompts(config)[0]}
-    for prompt_id, completion in cache.items():
-        with torch.no_grad():
-            logprobs, _ = guide.logprobs([(guide.encode(prompts[prompt_id]), completion.token_ids)], config.temperature)
-        assert (logprobs[0] - torch.tensor(completion.behavior_logprobs)).abs().max() < 1e-4  # the base is 1e-2 away
-    assert cache
+    assert [line["prompt_id"] for line in lines] == ids_of_steps(config, (1, 2))  # not step 3
+    assert (header["guide_step"], header["until"], header["prompts"]) == (2, 2, 4)
 
 
 def test_metrics_of_guidance(early):
@@ -236,86 +283,58 @@ def test_metrics_of_guidance(early):
     assert shown[0]["source"] == "guide@2" and shown[0]["policy"] != shown[0]["guide"]
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda text: text[:-40], "cut short, damaged"),
-        (lambda text: text[: text.rstrip().rindex("\n") + 1], "cut short, damaged"),  # at the end of a line
-        (lambda text: text.replace('"dataset": "cards', '"dataset": "other'), "made for another dataset"),
-        (lambda text: text.replace('"tokenizer": "', '"tokenizer": "0'), "made for another tokenizer"),
-        (lambda text: "", "cut short, damaged"),
-        (lambda text: "[1]\n", "no guide cache"),
-        (lambda text: '{"step": 0}\n', "no guide cache"),
-    ],
-)
-def test_damaged_or_foreign_caches(early, tmp_path, damage, message):
-    config, out = early
-    path = tmp_path / "guide.jsonl"
-    path.write_text(damage((out / "guide.jsonl").read_text()))
-    with pytest.raises(UsageError, match=message):
-        npo.intervene(dataclasses.replace(config, guide=str(path), out=str(tmp_path / "run")), tmp_path / "run")
-
-
-def test_a_cache_cut_short_while_it_is_built_is_completed(early, tmp_path):
-    config, out = early
-    whole = (out / "guide.jsonl").read_text()
-    partial = tmp_path / "guide.jsonl.partial"
-    partial.write_text(whole[: whole.rindex('"prompt_id"') + 5])  # three lines and a piece: one step's prompts are whole
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("verifier.is_correct", lucky)
-        npo.build_cache(config, checkpoint_path(out / "scout", 2), 1, 2, tmp_path / "guide.jsonl")
-    assert (tmp_path / "guide.jsonl").read_text() == whole and not partial.exists()
-
-
-def test_a_cache_that_covers_too_little_is_made_anew(early, tmp_path):
-    """--guided-until may reach beyond a cache that stands; what it held before stays as it was."""
-    config, out = early
-    guide, run = str(checkpoint_path(out / "scout", 2)), tmp_path / "run"
-    npo.build_cache(config, guide, 1, 1, run / "guide.jsonl")
-    few = read_jsonl(run / "guide.jsonl")
-    config = dataclasses.replace(config, guide=guide, steps=1, guided_until=3, out=str(run))
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    npo.intervene(config, run)
-    more = read_jsonl(run / "guide.jsonl")
-    assert (few[0]["until"], more[0]["until"], len(few), len(more)) == (1, 3, 3, 7)
-    assert few[1:] == more[1:3]
-
-
-def test_a_guide_that_comes_too_late_or_never(early, tmp_path):
-    config, out = early
-    guide = checkpoint_path(out / "scout", 2)
-    with pytest.raises(UsageError, match="no step to help with: guided from step 3 until step 2"):
-        npo.build_cache(config, guide, 3, 2, tmp_path / "guide.jsonl")
-
-
-def test_a_guide_with_another_tokenizer(early, tmp_path, fresh):
-    config, _ = early
-    fresh.tokenizer.add_tokens(["new"])
-    fresh.save(tmp_path / "other", {"step": 9, "sampled_tokens": 0})
-    with pytest.raises(UsageError, match="its tokenizer .* is not that of the policy cards"):
-        npo.intervene(dataclasses.replace(config, guide=str(tmp_path / "other")), tmp_path / "run")
-
-
 @pytest.mark.parametrize("intervention", ["late", "early+late"])
-def test_late_rolls_back_weights_and_optimizer(tmp_path, monkeypatch, intervention):
+def test_late_rolls_back_weights_and_optimizer(tiny, tmp_path, monkeypatch, intervention):
     monkeypatch.setattr("verifier.is_correct", lucky)
-    config = NPOConfig(
-        intervention=intervention, plateau_start=2, plateau_end=4, steps=5, lr=1e-3, out=str(tmp_path / "run"), **TINY
-    )
-    npo.main(config)
-    scout, out = tmp_path / "run" / "scout", tmp_path / "run"
+    out, when = tmp_path / "run", {"intervention": intervention, "plateau_end": 4, "steps": 5}
+    config = NPOConfig(out=str(out), plateau_start=2, **when, **tiny, **GUIDED)
+    npo.intervene(config, out)
+    scout = out / "scout"
     assert (scout / "scout").is_dir() is (intervention == "early+late")
     steps = [line["step"] for line in read_jsonl(out / "metrics.jsonl")]
     assert steps == [2, 3, 4, 5]  # from the plateau's start, evaluated, to the end
     header, *lines = read_jsonl(out / "guide.jsonl")
-    train_prompts, _ = npo.load_config_prompts(config)
-    expected = [train_prompts[row].id for step in (3, 4) for row in rows_of_step(2048, step, config)]
-    assert header["guide_step"] == 4 and [line["prompt_id"] for line in lines] == expected
-    if intervention == "late":  # without a guide the replay repeats the scout, bit by bit, Adam's moments included
-        empty = tmp_path / "again"
-        npo.train(dataclasses.replace(config, steps=4), empty, {}, 0, checkpoint_path(scout, 2), 0)
-        mine, theirs = weights(checkpoint_path(empty, 4)), weights(checkpoint_path(scout, 4))
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert header["guide_step"] == 4
+    assert [line["prompt_id"] for line in lines] == ids_of_steps(config, (3, 4))
+    if intervention == "late":  # without a guide the replay is the scout, Adam's moments included
+        again = tmp_path / "again"
+        config = dataclasses.replace(config, steps=4)
+        npo.train(config, again, GuideCache(), checkpoint_path(scout, 2))
+        mine, theirs = checkpoint_path(again, 4), checkpoint_path(scout, 4)
+        assert digest(mine) == digest(theirs) != digest(checkpoint_path(scout, 2))
+
+
+def test_late_needs_no_step_that_is_saved_anyway(tiny, tmp_path, monkeypatch):
+    """The scout saves at --plateau-start, wherever it lies, and keeps it."""
+    monkeypatch.setattr(run.Run, "evaluate", lambda *_: 0.0)
+    late = {"intervention": "late", "plateau_start": 1, "plateau_end": 2, "keep": "none"}
+    config = NPOConfig(steps=2, out=str(tmp_path), **tiny, **GUIDED, **late)
+    assert npo.go_ahead(config, tmp_path / "scout") == str(checkpoint_path(tmp_path / "scout", 2))
+    assert checkpoint_state(checkpoint_path(tmp_path / "scout", 1))["step"] == 1
+
+
+def test_a_guide_that_comes_too_late_or_has_no_checkpoint_beside_it(early, tmp_path):
+    config, out = early
+    late = {
+        "intervention": "late",
+        "plateau_end": 3,
+        "guide": str(checkpoint_path(out / "scout", 2)),
+    }
+    config = dataclasses.replace(config, out=str(tmp_path / "run"), **late, plateau_start=2)
+    with pytest.raises(UsageError, match="no step to guide, from step 3 until step 2"):
+        npo.intervene(config, tmp_path / "run")
+    config = dataclasses.replace(config, plateau_start=1)
+    with pytest.raises(UsageError, match="--plateau-start 1: .*step_000001 does not exist"):
+        npo.intervene(config, tmp_path / "other")
+
+
+def test_a_cache_is_a_guide_too_and_until_can_be_given(early, tmp_path):
+    config, out = early
+    given = {"guide": str(out / "guide.jsonl"), "guided_until": 1, "out": str(tmp_path / "run")}
+    config = dataclasses.replace(config, **given)
+    cache = npo.ask_guide(config, config.guide, 1, tmp_path / "unused.jsonl")
+    assert (cache.until, cache.guide_step, cache.prompts) == (1, 2, 4)
+    assert not (tmp_path / "unused.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -326,14 +345,12 @@ def test_late_rolls_back_weights_and_optimizer(tmp_path, monkeypatch, interventi
         ({"guide_samples": 0}, "--guide-samples 0"),
         ({"scout_steps": 0}, "--scout-steps 0"),
         ({"guided_until": -5}, "--guided-until -5"),
-        (
-            {"intervention": "late", "plateau_start": 30, "save_every": 20},
-            "--plateau-start 30: must be a multiple of --save-every 20",
-        ),
-        ({"intervention": "late", "plateau_start": 320}, "--plateau-start 320"),
+        ({"intervention": "late", "plateau_start": 320}, "--plateau-start 320: .* below 320"),
+        ({"intervention": "late", "steps": 200}, "--plateau-start 240: .* below 200"),
         ({"group_size": 1}, "--group-size 1"),
     ],
 )
 def test_bad_flags(flags, message):
+    NPOConfig(intervention="late").check()
     with pytest.raises(UsageError, match=message):
         NPOConfig(**flags).check()

@@ -1,14 +1,15 @@
-"""What counts as an answer, what counts as right, and that no input hangs or breaks the verifier."""
+"""What counts as an answer, what counts as right, and that no input hangs the verifier."""
 
+import inspect
 import os
 import signal
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import group_of
 
 import verifier
+from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
 from verifier import extract_answer, is_correct
 
 OPTIONS = ["3 cm", "5 cm", "7 cm"]
@@ -92,7 +93,7 @@ def test_free_answers(response, gold, right):
         ("C", "A", ["C", "A", "B"], False),  # a letter is a letter, whatever the options say
         ("c", "C", ["b", "c", "a"], False),  # in lower case it is the text of option B
         ("c", "B", ["b", "c", "a"], True),
-        ("A: B", "A", ["A: B", "C: D"], True),  # an option's exact text comes before letter and text
+        ("A: B", "A", ["A: B", "C: D"], True),  # an option's exact text comes first
         ("A", "E", OPTIONS, False),  # a gold that names no option is never matched
     ],
 )
@@ -104,63 +105,124 @@ def test_letters_outside_a_box_do_not_count():
     assert not is_correct("The answer is B", "B", OPTIONS)
 
 
-HOSTILE = [
-    r"\boxed{9^{9^{9^{9}}}}", r"\boxed{" * 150_000, "{" * 1_000_000, "}" * 1_000_000, "<answer>" * 125_000,
-    r"\boxed{" + "{" * 500_000 + "}" * 500_001, "\\boxed{\x00}", "\\boxed{😀}", "\\boxed{\ud800}", "", None, 5,
-    r"\boxed{" + "9" * 5000 + "}", r"\boxed{\frac{1}{0}}", r"\boxed{" + "(" * 900 + "}",
-]  # fmt: skip
+HOSTILE = {
+    "a power tower": r"\boxed{9^{9^{9^{9}}}}",
+    "150,000 open boxes": r"\boxed{" * 150_000,
+    "a million opening braces": "{" * 1_000_000,
+    "a million closing braces": "}" * 1_000_000,
+    "125,000 open tags": "<answer>" * 125_000,
+    "deeply nested braces": r"\boxed{" + "{" * 500_000 + "}" * 500_001,
+    "a null byte": "\\boxed{\x00}",
+    "an emoji": "\\boxed{😀}",
+    "half a surrogate pair": "\\boxed{\ud800}",
+    "nothing": "",
+    "None": None,
+    "a number": 5,
+    "5,000 digits": r"\boxed{" + "9" * 5000 + "}",
+    "division by zero": r"\boxed{\frac{1}{0}}",
+    "900 parentheses": r"\boxed{" + "(" * 900 + "}",
+}
 
 
-def test_hostile_input_is_wrong_in_bounded_time_and_the_next_call_works(monkeypatch):
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_input_is_wrong_in_bounded_time_and_the_next_call_works(monkeypatch, kind):
     monkeypatch.setattr(verifier, "TIMEOUT", 2.0)
-    for response in HOSTILE:
-        began = time.monotonic()
-        assert is_correct(response, "7") is False
-        assert time.monotonic() - began < 30  # not a speed test: the alternative is never
-        assert is_correct(r"\boxed{\frac{14}{2}}", "7")
+    began = time.monotonic()
+    assert is_correct(HOSTILE[kind], "7") is False
+    assert time.monotonic() - began < 30  # not a speed test: without a worker it never returns
+    monkeypatch.undo()
+    assert is_correct(r"\boxed{\frac{14}{2}}", "7")
 
 
-def test_the_worker_is_replaced_after_a_timeout():
+def test_the_worker_is_replaced_when_it_hangs_and_when_it_died():
     worker = verifier.MathVerifyWorker()
+    assert worker.process is None  # it starts with the first question
     assert worker.ask("7", "14/2", timeout=60) is True
     first = worker.process.pid
     assert worker.ask("7", "9^{9^{9^{9}}}", timeout=1.0) is None
     assert worker.ask("7", "14/2", timeout=60) is True
     assert worker.process.pid != first
-
-
-def test_the_worker_is_replaced_when_it_died_by_itself():
-    worker = verifier.MathVerifyWorker()
-    assert worker.ask("7", "14/2", timeout=60) is True
     os.kill(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
     assert worker.ask("7", "14/2", timeout=60) is True
 
 
-def test_any_thread():
-    verdicts = []
-    threads = [
-        threading.Thread(target=lambda n=n: verdicts.append((n, is_correct(rf"\boxed{{{2 * n}/2}}", str(n))))) for n in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(verdicts) == [(n, True) for n in range(4)]
+def test_the_worker_may_be_asked_from_any_thread():
+    """Replies must not be swapped between threads: half of these answers are right."""
+    with ThreadPoolExecutor(4) as threads:
+        answers = [rf"\boxed{{{2 * n}/2}}" for n in range(16)]
+        verdicts = threads.map(is_correct, answers, [str(n + n % 2) for n in range(16)])
+        assert list(verdicts) == [True, False] * 8
+
+
+def test_a_new_worker_loads_no_torch(command):
+    """Each hanging answer costs a new worker, so its start must stay cheap."""
+    code = "import sys, verifier, math_verify; print({'torch', 'transformers'} & {*sys.modules})"
+    assert command("-c", code).stdout == "set()\n"
+
+
+def group_of(*texts: str, gold: str = "0") -> Group:
+    """A group whose completions are these texts, with as many tokens as characters."""
+    completions = [Completion("p7", [*map(ord, text)], None, text, True) for text in texts]
+    return Group(Prompt("p7", [], [], gold), EncodedPrompt([1, 2]), completions)
 
 
 def test_score_keeps_accuracy_and_format_apart():
-    group = group_of([0.0, 0.0, 0.0])
-    for completion, text in zip(group.completions, (r"\boxed{0}", r"\boxed{1}", "0")):
-        completion.text = text
+    group, other = group_of(r"\boxed{0}", r"\boxed{1}", "0"), group_of(r"\boxed{3}", gold="3")
+    verifier.score([group, other])
+    assert [c.accuracy for c in group.completions] == [1.0, 0.0, 0.0]
+    assert [c.reward for c in group.completions] == [0.9 + 0.1, 0.1, 0.0]
+    assert (other.completions[0].accuracy, other.completions[0].reward) == (1.0, 1.0)
+
+
+def test_an_edited_reward_sees_the_prompt_and_the_completion(monkeypatch):
+    """A length penalty, and half of the reward for an answer that is off by one."""
+
+    def edited(prompt, completion):
+        off = abs(int(verifier.extract_answer(completion.text)) - int(prompt.gold))
+        partial = completion.accuracy + 0.5 * (off == 1)
+        return partial - 0.25 * len(completion.token_ids)
+
+    monkeypatch.setattr(verifier, "reward", edited)  # `score` must look it up at call time
+    group = group_of(r"\boxed{40}", r"ab \boxed{41}", r"\boxed{43}", gold="40")
     verifier.score([group])
     assert [c.accuracy for c in group.completions] == [1.0, 0.0, 0.0]
-    assert [c.reward for c in group.completions] == pytest.approx([1.0, 0.1, 0.0])
+    assert [c.reward for c in group.completions] == [1 - 2.5, 0.5 - 3.25, -2.5]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_is_an_error(monkeypatch, value):
+    monkeypatch.setattr(verifier, "reward", lambda prompt, completion: value)
+    with pytest.raises(FloatingPointError, match=f"prompt p7: the reward is {value}"):
+        verifier.score([group_of(r"\boxed{0}")])
+
+
+def test_an_accuracy_between_right_and_wrong_is_an_error(monkeypatch):
+    monkeypatch.setattr(verifier, "is_correct", lambda response, gold, choices: 0.75)
+    with pytest.raises(ValueError, match="prompt p7: accuracy is 0.75; partial credit belongs"):
+        verifier.score([group_of(r"\boxed{0}")])
+
+
+PUBLIC = {
+    verifier.reward: ["prompt", "completion"],
+    verifier.score: ["groups"],
+    verifier.is_correct: ["response", "gold", "choices"],
+    verifier.extract_answer: ["response"],
+}
+
+
+@pytest.mark.parametrize("function", PUBLIC)
+def test_signatures(function):
+    names, name = list(inspect.signature(function).parameters), function.__name__
+    assert names == PUBLIC[function], f"forkers import verifier.{name}: its parameters must stay"
 
 
 def test_command_line(command):
     table = command("verifier.py").stdout
     assert table.count("accept") >= 5 and table.count("reject") >= 5 and "too much" in table
-    assert "accept" in command("verifier.py", "--gold", "0.5", "--response", r"\boxed{\frac12}").stdout
-    assert "reject" in command("verifier.py", "--gold", "B", "--response", r"\boxed{3}", "--choices", "3", "4").stdout
-    assert "go together" in command("verifier.py", "--gold", "1", check=False).stderr
+    half = command("verifier.py", "--gold", "0.5", "--response", r"\boxed{\frac12}").stdout
+    assert "accept" in half and "1.00" in half
+    three = ["--gold", "B", "--response", r"\boxed{3}"]
+    assert "reject" in command("verifier.py", *three, "--choices", "3", "4").stdout
+    alone = command("verifier.py", "--gold", "1", check=False)
+    assert alone.returncode == 1 and "go together" in alone.stderr

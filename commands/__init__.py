@@ -1,0 +1,6 @@
+"""Further commands, each run with `python -m commands.NAME` (or `accelerate launch -m`).
+
+luffy, exgrpo, rlep   the paper's rivals: other sources for the same slot
+evaluate              a checkpoint on eight benchmarks (benchmarks.py is their table)
+npo_trl               NPO inside TRL's GRPOTrainer, for many GPUs
+"""

@@ -1,0 +1,342 @@
+"""A checkpoint on the paper's eight benchmarks, or on the cards world by difficulty.
+
+    python -m commands.evaluate  # the cards world's base, by number of cards and carries
+    python -m commands.evaluate --model runs/npo/checkpoints/step_000100 --benchmarks cards
+    python -m commands.evaluate --model Qwen/Qwen3-VL-8B-Instruct --benchmarks mmstar --limit 100
+    python -m commands.evaluate --model PATH --data-dir DATA  # DATA/mmstar.parquet and so on
+
+These numbers are not comparable with those of papers. Our prompts are our own, and every answer is
+judged by rule, while MathVista, MathVerse and MMBench are officially scored with the help of a
+language model. For comparable numbers use lmms-eval, in an environment of its own. The paper's rows
+stand beside ours to be looked at, not to be beaten.
+
+predictions.jsonl in --out gets one line per item: its K answers and what they are judged by. The
+same command resumes an interrupted evaluation; once everything is answered it only scores, without
+loading a model. An item that cannot be asked (an unreadable image, no gold answer) is counted, and
+not scored as wrong.
+
+avg@K is the mean over the K answers to each item and then over items, pass@K the share of items
+with at least one right answer (the unbiased estimator of Chen et al., arXiv 2107.03374, for k = K).
+The interval is 1.96 standard errors over items; it says nothing about seeds of training.
+"""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import verifier
+from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, Item, Unaskable, all_right, items_of
+from plumbing import UsageError, vllm_sampler
+from plumbing.checkpoints import write_aside
+from plumbing.command import command_line
+from plumbing.data import card_prompts
+from plumbing.lora import base_model_of
+from plumbing.model import Policy
+from plumbing.rollout import Prompt, batched
+from plumbing.run import derived_seed, read_jsonl
+from plumbing.settings import vllm_installed, within
+from worlds import cards
+
+
+@dataclass
+class EvaluateConfig:
+    # Model
+    model: str = "cards"  # "cards" (the tiny base), a hub id, or a checkpoint folder
+    device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
+    # Data
+    benchmarks: str | None = None  # as in mmstar,mathvista [cards for model cards, else all eight]
+    limit: int | None = None  # the first so many problems of each [all]
+    data_dir: str | None = None  # folder of NAME.parquet files or of copies NAME/ [the hub]
+    out: str | None = None  # for predictions.jsonl, scores.json, table.md [runs/evaluate/MODEL]
+    # Sampling
+    samples: int = 1  # K answers to each item
+    temperature: float = 1.0  # as in training; that of the paper is not in our sources
+    max_new_tokens: int | None = None  # longest answer [cards 64, else 4096]
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm where it and cuda are, not for cards]
+    batch_size: int | None = None  # answers at a time [cards 64, else 16; with vllm 256]
+    seed: int = 0  # of sampling
+
+    dry_run = fresh = False  # of training; `command_line` asks for them
+
+    def __post_init__(self):
+        if self.benchmarks is None:
+            self.benchmarks = "cards" if self.model == "cards" else ",".join(BENCHMARKS)
+        self.out = self.out or f"runs/evaluate/{Path(self.model).name}"
+        if self.max_new_tokens is None:
+            self.max_new_tokens = 64 if self.on_cards else 4096
+        if self.sampler == "auto":
+            use_vllm = self.on_gpu and vllm_installed() and not self.on_cards
+            self.sampler = "vllm" if use_vllm else "hf"
+        if self.batch_size is None:
+            self.batch_size = 64 if self.on_cards else 256 if self.sampler == "vllm" else 16
+
+    @property
+    def names(self) -> list[str]:
+        named = (name.strip() for name in self.benchmarks.split(","))
+        return list(dict.fromkeys(name for name in named if name))
+
+    @property
+    def on_cards(self) -> bool:
+        return self.names == ["cards"]
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.cuda.is_available() and self.device != "cpu"
+
+    @property
+    def model_path(self) -> str:
+        return str(cards.BASE) if self.model == "cards" else self.model
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights: bf16 on CUDA; the cards world is fp32 everywhere."""
+        return "bf16" if self.on_gpu and not self.on_cards else "fp32"
+
+    def check(self) -> None:
+        """Raises UsageError for the first value that makes no sense."""
+        known = ["cards", *BENCHMARKS]
+        unknown = [name for name in self.names if name not in known]
+        if unknown or not self.names:
+            problem = f"no benchmark is called {unknown[0]!r}" if unknown else "names none"
+            raise UsageError(
+                f"--benchmarks {self.benchmarks}: {problem}; known: {', '.join(known)}"
+            )
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            within(self, name, least=1)
+        within(self, "temperature", above=0)
+        if self.limit is not None:
+            within(self, "limit", least=1)
+        if self.sampler == "vllm" and not vllm_installed():
+            raise UsageError(
+                "--sampler vllm: vllm is not installed; pip install -r requirements-gpu.txt, "
+                "or use --sampler hf"
+            )
+
+
+# ---- Asking ---------------------------------------------------------------------------
+
+
+def asked_items(config: EvaluateConfig) -> dict[str, list[Item]]:
+    """All items of each benchmark; those beyond --limit are left out later."""
+    items = {name: items_of(name, config.data_dir) for name in config.names if name != "cards"}
+    if "cards" in config.names:
+        prompts = card_prompts("held_out", cards.hands("held_out"))
+        items["cards"] = [Item(p.id, p.id, "", lambda p=p: p) for p in prompts]
+    return items
+
+
+def open_predictions(config: EvaluateConfig, items: dict[str, list[Item]]) -> dict[str, dict]:
+    """The lines of predictions.jsonl by the items' ids; starts the file if there is none.
+
+    Raises:
+        UsageError: it is of another model, another sampling or another data set.
+    """
+    path = Path(config.out) / "predictions.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"--out {config.out}: is a file, not a directory") from error
+    kept = ("model", "samples", "temperature", "max_new_tokens", "seed")
+    header = {name: getattr(config, name) for name in kept}
+    stored, *lines = read_jsonl(path) or [header]
+    differ = [name for name in header | stored if header.get(name) != stored.get(name)]
+    differ = differ if lines else []  # nothing was answered yet: the model may have been misspelt
+    values = [f"{name} {stored.get(name)} there and {header.get(name)} here" for name in differ]
+    known = {item.id for some in items.values() for item in some}
+    other = {line["benchmark"] for line in lines if line.get("id") not in known}
+    values += [f"another data set for {name}" for name in sorted(other & items.keys())]
+    if values:
+        raise UsageError(
+            f"--out {config.out}: holds other predictions ({', '.join(values)}); "
+            "choose another --out"
+        )
+    # also drops what a kill left of a last line
+    write_aside(path, "".join(json.dumps(line) + "\n" for line in [header, *lines]))
+    return {line["id"]: line for line in lines}
+
+
+def load_sampler(config: EvaluateConfig) -> Policy | vllm_sampler.VLLMSampler:
+    model, whole = config.model_path, base_model_of(config.model_path)
+    if config.sampler == "hf":
+        return Policy(model, config.device, config.dtype)
+    engine = vllm_sampler.VLLMSampler(whole, config.max_new_tokens, config.dtype)
+    if whole != model:  # adapters are merged on the CPU: vLLM has taken the GPU's memory
+        content = [{"type": "text", "text": "Start at 27 and add the cards."}]
+        probe = Prompt("probe", [{"role": "user", "content": content}], [], "27")
+        engine.sync(Policy(model, "cpu", config.dtype), [probe], config.temperature)
+    return engine
+
+
+def ask(config, name: str, items: list[Item], sampler, lines: dict[str, dict]) -> None:
+    """Asks, one batch at a time, and appends a line for each item that has none yet.
+
+    A batch that was interrupted is sampled again as a whole, from its own seed. So the answers are
+    the same as without the interruption.
+
+    Args:
+        lines: what predictions.jsonl holds, by the items' ids; the new lines are added.
+    """
+    bar = tqdm(total=len(items), desc=name, unit="item")
+    for number, batch in enumerate(batched(items, max(1, config.batch_size // config.samples))):
+        missing = {item.id for item in batch} - lines.keys()
+        if missing:
+            seed = derived_seed(config.seed, "benchmark", name, number)
+            new = answers(config, name, batch, sampler, seed)
+            new = [line for line in new if line["id"] in missing]
+            with open(Path(config.out) / "predictions.jsonl", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in new)
+            lines |= {line["id"]: line for line in new}
+        bar.update(len(batch))
+    bar.close()
+
+
+def answers(config, name: str, batch: list[Item], sampler, seed: int) -> list[dict]:
+    """One line per item: its K answers, or why it cannot be asked."""
+    lines, prompts = {item.id: {"benchmark": name, "id": item.id} for item in batch}, []
+    for item in batch:
+        try:
+            prompts.append(item.prompt())
+        except Unaskable as error:
+            lines[item.id]["not_asked"] = str(error)
+    sampling = config.samples, config.max_new_tokens, config.temperature, seed
+    for group in sampler.sample(prompts, *sampling) if prompts else []:
+        lines[group.prompt.id] |= {
+            "gold": group.prompt.gold,
+            "choices": group.prompt.choices,
+            "responses": [completion.text for completion in group.completions],
+            "finished": [completion.finished for completion in group.completions],
+        }
+    return list(lines.values())
+
+
+# ---- Scoring --------------------------------------------------------------------------
+
+
+def verdicts(line: dict) -> list[bool]:
+    """Whether each of an item's K answers is right."""
+    return [verifier.is_correct(text, line["gold"], line["choices"]) for text in line["responses"]]
+
+
+def score(name: str, items: list[Item], lines: dict[str, dict]) -> tuple[list[list[float]], dict]:
+    """The K scores of each unit that could be asked as a whole, and counts for the footnote."""
+    rule = BENCHMARKS[name].score if name in BENCHMARKS else all_right
+    units, scores = {}, []
+    for item in items:
+        units.setdefault(item.unit, {})[item.part] = lines[item.id]
+    for parts in tqdm(units.values(), f"scoring {name}", delay=3, unit="item"):
+        if not any("not_asked" in line for line in parts.values()):
+            samples = zip(*map(verdicts, parts.values()))  # K times a verdict on each part
+            values = [rule(dict(zip(parts, right))) for right in samples]
+            scores += [values] if None not in values else []
+    asked = [lines[item.id] for item in items if "not_asked" not in lines[item.id]]
+    texts = [text for line in asked for text in line["responses"]]
+    return scores, {
+        "items": len(units),
+        "not_asked": len(units) - len(scores),
+        "answers": len(texts),
+        "without_box": sum(verifier.extract_answer(text) is None for text in texts),
+        "cut_off": sum(line["finished"].count(False) for line in asked),
+    }
+
+
+def summary(scores: list[list[float]]) -> dict:
+    """avg@K, half the width of its 95 % interval, and pass@K, in percent; None where undefined."""
+    means = [statistics.fmean(values) for values in scores]
+    solved = [max(values) == 1 for values in scores]
+    half = 1.96 * statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+    return {
+        "avg": 100 * statistics.fmean(means) if means else None,
+        "half": None if half is None else 100 * half,
+        "pass": 100 * statistics.fmean(solved) if solved else None,
+    }
+
+
+def cell(found: dict, key: str) -> str:
+    if found[key] is None:
+        return "nothing scored"
+    interval = key == "avg" and found["half"] is not None
+    return f"{found[key]:.2f}" + (f" ± {found['half']:.2f}" if interval else "")
+
+
+def table_row(*cells: str) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table(model: str, samples: int, found: dict[str, dict]) -> str:
+    """Our row beside the paper's, and a footnote for each benchmark."""
+    titles = [f"{benchmark.title} [{n}]" for n, benchmark in enumerate(BENCHMARKS.values(), 1)]
+    rows = {}
+    for name, values in PAPER.items():
+        rows[f"paper: {name}"] = dict(zip((*EIGHT, "avg"), (f"{value:.2f}" for value in values)))
+    for key in ("avg", "pass") if samples > 1 else ("avg",):
+        cells = {name: cell(one, key) for name, one in found.items()}
+        eight = [found.get(name, {}).get(key) for name in EIGHT]
+        if None not in eight:
+            cells["avg"] = f"{statistics.fmean(eight):.2f}"
+        rows[f"{model}, {key}@{samples}"] = cells
+    lines = [table_row("model", *titles, "avg"), "|---" * (len(BENCHMARKS) + 2) + "|"]
+    for label, cells in rows.items():
+        lines.append(table_row(label, *(cells.get(name, "") for name in [*BENCHMARKS, "avg"])))
+    lines.append("\nBy rule, with our own prompts: not comparable with the paper's rows.\n")
+    for number, (name, benchmark) in enumerate(BENCHMARKS.items(), 1):
+        note = f"[{number}] {benchmark.title}: {benchmark.note}."
+        if one := found.get(name):
+            note += (
+                f" Here {one['not_asked']} of {one['items']} items could not be asked; of "
+                f"{one['answers']} answers {one['without_box']} have no box and {one['cut_off']} "
+                "were cut off."
+            )
+        lines.append(note)
+    return "\n".join(lines)
+
+
+def cards_table(scores: list[list[float]]) -> str:
+    """The cards world by number of cards and of carries."""
+    samples, hands = len(scores[0]), cards.hands("held_out")[: len(scores)]
+    keys = ("avg", "pass") if samples > 1 else ("avg",)
+    titles = [f"{key}@{samples}, %" for key in keys]
+    lines = [table_row("cards", "hands", *titles), "|---" * (len(keys) + 2) + "|"]
+    for label_of in (
+        lambda hand: "all",
+        lambda hand: f"{len(hand.digits)} cards",
+        lambda hand: f"{hand.carries} carries",
+    ):
+        labels = [label_of(hand) for hand in hands]
+        for label in sorted({*labels}):
+            some = [of_hand for of_hand, its in zip(scores, labels) if its == label]
+            cells = [cell(summary(some), key) for key in keys]
+            lines.append(table_row(label, len(some), *cells))
+    return "\n".join(lines)
+
+
+def main(config: EvaluateConfig) -> None:
+    items = asked_items(config)  # opens all data sets before a model is loaded
+    lines = open_predictions(config, items)
+    for name, every in items.items():
+        units = set(list(dict.fromkeys(item.unit for item in every))[: config.limit])
+        items[name] = [item for item in every if item.unit in units]
+    if {item.id for some in items.values() for item in some} - lines.keys():
+        sampler = load_sampler(config)
+        for name, some in items.items():
+            ask(config, name, some, sampler, lines)
+    found, texts = {}, []
+    for name, some in items.items():
+        scores, counts = score(name, some, lines)
+        found[name] = summary(scores) | counts
+        texts += [cards_table(scores)] if name == "cards" else []
+    if found.keys() & BENCHMARKS.keys():
+        texts.append(table(config.model, config.samples, found))
+    kept = {"model": config.model, "samples": config.samples, "benchmarks": found}
+    write_aside(Path(config.out) / "scores.json", json.dumps(kept, indent=2) + "\n")
+    write_aside(Path(config.out) / "table.md", "\n\n".join(texts) + "\n")
+    tqdm.write("\n" + "\n\n".join(texts))
+
+
+if __name__ == "__main__":
+    command_line(EvaluateConfig, main)

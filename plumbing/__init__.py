@@ -1,0 +1,21 @@
+"""What a run needs and what does not teach the method. Read rollout.py, then skip the rest.
+
+rollout         the nouns: Prompt, Completion, Group, Sample
+encode          texts and pictures to token ids
+settings        flags that every command shares, their defaults and checks
+metrics         numbers out of groups; the step's log line
+lora            adapters that are trained in place of the weights
+model           the network: sampling and log-probabilities
+data            prompts from the cards world or any data set
+checkpoints     the only place that writes or removes one
+vllm_sampler    the only place that knows vLLM
+memory          what a configuration takes, before and at the start of a run
+command         flags in, exit code out
+run             the run directory, its seeds and its resume
+guide_cache     guide.jsonl
+report          curves, summary, and the last words of a run
+"""
+
+
+class UsageError(Exception):
+    """Something that the user can mend. The message, shown without a traceback, says how."""

@@ -1,0 +1,182 @@
+"""The guide cache, guide.jsonl: the guide's verified answers, sampled offline.
+
+A header, then one line per prompt with its pass-rate, the tokens that were sampled for it, and the
+right answers that are kept: token ids, EOS included, and the guide's log-probs. A prompt that the
+guide does not solve has a line without answers, so the file also measures the guide's quality.
+It is whole when it has as many lines as its header says; a file cut short by a kill is continued.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import verifier
+from plumbing import UsageError
+from plumbing.checkpoints import checkpoint_state
+from plumbing.data import load_prompts
+from plumbing.encode import load_tokenizer, tokenizer_fingerprint
+from plumbing.model import Policy
+from plumbing.rollout import Completion, Group
+from plumbing.run import derived_seed, read_jsonl, sampled_tokens, sampler_of
+
+VERSION = 2  # of the file's format
+
+
+@dataclass
+class GuideCache:
+    """The answers by prompt id, and what they cost. An empty one guides nobody."""
+
+    answers: dict[str, list[Completion]] = dataclasses.field(default_factory=dict)
+    until: int = 0  # last step that they guide
+    guide_step: int = 0
+    prompts: int = 0
+    samples: int = 0
+    sampled_tokens: int = 0  # for the cache
+    guide_sampled_tokens: int = 0  # for the guide's own training
+
+    @property
+    def spent_tokens(self) -> int:
+        return self.guide_sampled_tokens + self.sampled_tokens
+
+    def answer(self, prompt_id: str, step: int) -> Completion | None:
+        """The guide's answer to a prompt; None if it has none, or after the last guided step."""
+        answers = self.answers.get(prompt_id) if step <= self.until else None
+        return answers[0] if answers else None
+
+    def __str__(self) -> str:
+        solved = len(self.answers)
+        return (
+            f"guide@{self.guide_step} solved {solved} of {self.prompts} prompts "
+            f"({solved / self.prompts:.0%}) within {self.samples} answers, "
+            f"{self.sampled_tokens:,} tokens"
+        )
+
+
+def build_guide_cache(
+    path: Path, config, guide: str | Path, rows: list[int], until: int, keep: int = 1, sampler=None
+) -> None:
+    """Lets the guide answer the prompts in `rows`; a file that a kill cut short is continued.
+
+    Args:
+        rows: of the training prompts.
+        until: the last step that the answers guide.
+        keep: how many right answers to a prompt are kept, the first ones sampled.
+        sampler: what samples for the guide, if it is loaded already.
+    """
+    prompts, _ = load_prompts(config)
+    state, own = checkpoint_state(guide), cache_fingerprints(config)
+    theirs = tokenizer_fingerprint(load_tokenizer(guide))
+    if theirs != own["tokenizer"]:
+        raise UsageError(
+            f"--guide {guide}: its tokenizer ({theirs}) is not that of the policy {config.model} "
+            f"({own['tokenizer']}), so its token ids mean other words; take a checkpoint of the "
+            "same model"
+        )
+    header = {
+        "version": VERSION,
+        **own,
+        "guide_step": state["step"],
+        "guide_sampled_tokens": state["sampled_tokens"],
+        "until": until,
+        "prompts": len(rows),
+        "rows": f"{derived_seed(rows):x}",
+        "samples": config.guide_samples,
+        "keep": keep,
+        "temperature": config.temperature,
+    }
+    lines = read_jsonl(path)
+    if lines[:1] != [header]:
+        lines = [header]
+    if len(lines) == 1 + len(rows):
+        return  # it is whole
+    size = config.prompts_per_step
+    done = (len(lines) - 1) // size * size  # whole batches
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[: 1 + done]))
+    if sampler is None:
+        sampler = sampler_of(Policy(guide, config.device, config.dtype), config, prompts)
+    name = f"guide@{state['step']} answers {config.guide_samples} times"
+    with open(path, "a") as file, tqdm(total=len(rows), initial=done, desc=name) as bar:
+        for first in range(done, len(rows), size):
+            groups = sampler.sample(
+                [prompts[row] for row in rows[first : first + size]],
+                config.guide_samples,
+                config.max_new_tokens,
+                config.temperature,
+                derived_seed(config.seed, "guide", first),
+            )
+            verifier.score(groups)
+            lines = [line_of(group, state["step"], keep) for group in groups]
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            bar.update(len(groups))
+
+
+def line_of(group: Group, guide_step: int, keep: int) -> dict:
+    """A prompt's line. An answer that was cut off is no answer, even if it has a right box."""
+    right = [c for c in group.completions if c.accuracy == 1 and c.finished][:keep]
+    source = {"source": f"guide@{guide_step}", "exact": True}  # its recorded log-probs are its own
+    return {
+        "prompt_id": group.prompt.id,
+        "pass_rate": group.pass_rate,
+        "sampled_tokens": sampled_tokens([group]),
+        "answers": [dataclasses.asdict(c) | source for c in right],
+    }
+
+
+def load_guide_cache(
+    path: str | Path, config, until: int | None = None, with_logprobs: bool = True
+) -> GuideCache:
+    """Reads a guide cache that was made for this run's prompts and tokenizer.
+
+    Args:
+        until: last guided step, where it is not the file's own.
+        with_logprobs: False leaves the recorded log-probs out, so that ratios start at 1.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"guide cache {path}: there is no such file")
+    header, *lines = read_jsonl(path) or [{}]
+    remedy = "move it away, or give the guide's checkpoint folder as --guide: it will be made anew"
+    if not isinstance(header, dict) or header.get("version") != VERSION:
+        raise UsageError(f"guide cache {path}: is none of format version {VERSION}; {remedy}")
+    if len(lines) != header["prompts"]:
+        raise UsageError(
+            f"guide cache {path}: cut short, {len(lines)} of {header['prompts']} prompts; {remedy}"
+        )
+    for what, value in cache_fingerprints(config).items():
+        if header[what] != value:
+            raise UsageError(
+                f"guide cache {path}: made for another {what} ({header[what]}; this run has "
+                f"{value}); {remedy}"
+            )
+    try:
+        answers = {
+            line["prompt_id"]: [Completion(**answer) for answer in line["answers"]]
+            for line in lines
+            if line["answers"]
+        }
+        tokens = sum(line["sampled_tokens"] for line in lines)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"guide cache {path}: a line is damaged ({error}); {remedy}") from error
+    if not with_logprobs:
+        for answer in (answer for of_prompt in answers.values() for answer in of_prompt):
+            answer.behavior_logprobs = None
+    return GuideCache(
+        answers,
+        until or header["until"],
+        header["guide_step"],
+        header["prompts"],
+        header["samples"],
+        tokens,
+        header["guide_sampled_tokens"],
+    )
+
+
+def cache_fingerprints(config) -> dict[str, str]:
+    """What a cache and a run must share, so that its token ids answer this run's prompts."""
+    prompts, _ = load_prompts(config)
+    tokenizer = load_tokenizer(config.model_path)
+    return {"dataset": prompts.fingerprint, "tokenizer": tokenizer_fingerprint(tokenizer)}

@@ -1,0 +1,157 @@
+"""What is logged of a step: numbers out of groups. Keys are TRL's where it has them.
+
+docs/metrics.md explains every key.
+"""
+
+import statistics
+
+import torch
+
+from plumbing.rollout import Completion, Group, Sample
+
+IS_CAP = 2.0  # upper limit of a token's weight pi_trainer / q_vllm; TRL's default is 3
+
+
+class UpdateStats:
+    """Adds up what an update sees: means over its optimizer steps, and over all of their tokens."""
+
+    def __init__(self):
+        self.loss, self.losses, self.grad_norms = 0.0, [], []
+        self.tokens = []  # (completion, {"ratio", "low", "high", "weight": (tokens,)})
+
+    def add(self, samples: list[Sample], loss: torch.Tensor, per_token: dict) -> None:
+        """One micro-batch: its share of the loss, and per token (B, T) what the loss returned."""
+        self.loss += loss.item()
+        per_token = {name: values.float().cpu() for name, values in per_token.items()}
+        for row, sample in enumerate(samples):
+            length = len(sample.completion.token_ids)
+            of_row = {name: values[row, :length] for name, values in per_token.items()}
+            self.tokens.append((sample.completion, of_row))
+
+    def end_step(self, grad_norm: torch.Tensor) -> None:
+        """One optimizer step; FloatingPointError before it is taken with a number that is none."""
+        if not torch.tensor([self.loss, grad_norm]).isfinite().all():
+            raise FloatingPointError(f"loss is {self.loss}, gradient norm {grad_norm.item()}")
+        self.losses.append(self.loss)
+        self.grad_norms.append(grad_norm.item())
+        self.loss = 0.0
+
+    def metrics(self) -> dict:
+        if not self.losses:
+            return {"loss": 0.0, "grad_norm": 0.0, "ratio": 1.0}
+        found = {
+            "loss": statistics.fmean(self.losses),
+            "grad_norm": statistics.fmean(self.grad_norms),
+            "ratio": self._of("ratio").mean().item(),
+            "clip_ratio/low_mean": self._of("low").mean().item(),
+            "clip_ratio/high_mean": self._of("high").mean().item(),
+        }
+        if guided := [c for c, _ in self.tokens if c.source != "policy"]:
+            ratio = self._of("ratio", guided)
+            for name in ("mean", "min", "max"):
+                found[f"npo/guide_ratio_{name}"] = getattr(ratio, name)().item()
+        if inexact := [c for c, _ in self.tokens if not c.exact]:
+            weight = self._of("weight", inexact)
+            difference = weight.log().abs()
+            for name in ("mean", "max"):
+                key = f"sampling/sampling_logp_difference/{name}"
+                found[key] = getattr(difference, name)().item()
+            weight = weight.clamp(max=IS_CAP)
+            for name in ("min", "mean", "max"):
+                key = f"sampling/importance_sampling_ratio/{name}"
+                found[key] = getattr(weight, name)().item()
+        return found
+
+    def _of(self, name: str, completions: list[Completion] | None = None) -> torch.Tensor:
+        """(tokens,) of these completions, or of all."""
+        chosen = None if completions is None else {id(completion) for completion in completions}
+        return torch.cat([t[name] for c, t in self.tokens if chosen is None or id(c) in chosen])
+
+
+def guide_metrics(step: int, mixed: list[Group]) -> dict:
+    """How many of the trained groups hold another policy's answer, and from how far ahead."""
+    sources = [
+        [c.source for c in group.completions if c.source != "policy"] for group in mixed
+    ]  # per group
+    found = {"npo/guide_frac": sum(map(bool, sources)) / len(mixed)}
+    steps = [source.partition("@")[2] for of_group in sources for source in of_group]
+    if ahead := [int(guide_step) - step for guide_step in steps if guide_step]:
+        found["npo/distance"] = statistics.fmean(ahead)
+    return found
+
+
+def answer_metrics(groups: list[Group]) -> dict:
+    """What the policy's own answers, before any replacement, say of it."""
+    completions = [c for group in groups for c in group.completions]
+    lengths = [len(c.token_ids) for c in completions]
+    spread = [statistics.stdev(c.reward for c in group.completions) for group in groups]
+    return {
+        "accuracy": statistics.fmean(c.accuracy for c in completions),
+        "reward": statistics.fmean(c.reward for c in completions),
+        "reward_std": statistics.fmean(spread),
+        "entropy": -sum(sum(c.behavior_logprobs) for c in completions) / sum(lengths),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/clipped_ratio": statistics.fmean(not c.finished for c in completions),
+    }
+
+
+def batch_arithmetic(config) -> str:
+    """What counts as a batch, in one line."""
+    sequences = config.prompts_per_step * config.group_size
+    micro_batches = -(-sequences // config.micro_batch_size)
+    return (
+        f"{config.prompts_per_step} prompts x {config.group_size} slots = {sequences} "
+        f"completions/step = {micro_batches} micro-batches of {config.micro_batch_size} -> "
+        f"{config.updates_per_batch} optimizer step(s)"
+    )
+
+
+def step_line(metrics: dict, steps: int, prompts_per_step: int) -> str:
+    """A step in one line of the terminal."""
+    parts = [
+        f"step {metrics['step']:04d}/{steps:04d}",
+        f"acc {metrics['accuracy']:.3f}",
+        f"live {1 - metrics['frac_reward_zero_std']:.0%}",
+    ]
+    if metrics.get("npo/guide_frac"):
+        guided = round(metrics["npo/guide_frac"] * prompts_per_step)
+        distance = f" D {metrics['npo/distance']:.0f}" if "npo/distance" in metrics else ""
+        parts.append(f"guide {guided}/{prompts_per_step}{distance}")
+    clipped = metrics.get("clip_ratio/low_mean", 0) + metrics.get("clip_ratio/high_mean", 0)
+    length, cut = metrics["completions/mean_length"], metrics["completions/clipped_ratio"]
+    parts += [
+        f"loss {metrics['loss']:.3f}",
+        f"ratio {metrics['ratio']:.2f} clip {clipped:.1%}",
+        f"ent {metrics['entropy']:.2f}",
+        f"len {length:.0f} cut {cut:.0%}",
+        f"gn {metrics['grad_norm']:.2f}",
+        f"gen {metrics['time/generate']:.1f}s train {metrics['time/train']:.1f}s",
+    ]
+    if "eval/accuracy" in metrics:
+        parts.append(f"eval {metrics['eval/accuracy']:.3f}")
+    return " | ".join(parts)
+
+
+def transcript(step: int, groups: list[Group], mixed: list[Group]) -> dict:
+    """One slot of one group, before and after replacement: a replaced one if there is any."""
+    pairs = [
+        (group, before, after)
+        for group, of_mixed in zip(groups, mixed)
+        for before, after in zip(group.completions, of_mixed.completions)
+    ]
+    replaced = [pair for pair in pairs if pair[2].source != "policy"]
+    last_slot = (groups[0], groups[0].completions[-1], mixed[0].completions[-1])
+    group, before, after = replaced[0] if replaced else last_slot
+    content = group.prompt.messages[-1]["content"]
+    line = {
+        "step": step,
+        "prompt_id": group.prompt.id,
+        "gold": group.prompt.gold,
+        "question": "".join(part.get("text", "<image>") for part in content),
+        "pass_rate": group.pass_rate,
+        "policy": before.text,
+        "reward": before.reward,
+    }
+    if replaced:
+        line |= {"guide": after.text, "source": after.source}
+    return line

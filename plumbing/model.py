@@ -1,0 +1,329 @@
+"""The network: sampling and log-probabilities of a Qwen3-VL of transformers, of any size.
+
+Three rules make sampler and trainer one and the same distribution:
+- a prompt is encoded once, by `encode`, and travels with its group;
+- both sides turn logits into log-probs by `sampling_logprobs`: divided by the temperature, without
+  vision tokens (a sampled `<|image_pad|>` would break the training forward);
+- masks come from lengths, never from `ids != pad`: where pad is EOS, as in many tokenizers, EOS
+  would lose its gradient.
+"""
+
+import functools
+import gc
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+)
+from transformers.utils import cached_file
+
+from plumbing import UsageError
+from plumbing.encode import (
+    encode,
+    image_parts,
+    load_tokenizer,
+    stop_ids,
+    unloadable,
+    vision_token_ids,
+)
+from plumbing.lora import base_model_of, train_adapters
+from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
+
+VOCABULARY_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 152k in fp32 are 0.6 GB
+VIDEO_CONFIG = "video_preprocessor_config.json"  # unused here, but vLLM loads no Qwen3-VL without
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+class Policy:
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "auto",
+        dtype: str = "fp32",
+        lora: int = 0,
+        recompute_layers: bool = False,
+    ):
+        """Loads a hub id or a `save_pretrained` folder of a whole model or of LoRA adapters.
+
+        Args:
+            device: "auto" is CUDA where there is one.
+            dtype: "fp32", "bf16" or, for tests, "fp64". Adapters are always fp32.
+            lora: rank of new adapters; 0 for none. A folder of adapters keeps its own rank.
+            recompute_layers: compute each layer again in the backward pass instead of storing
+                what is inside it; saves memory, changes no result.
+        """
+        gc.collect()  # of a model that nobody holds any more: its layers may refer to themselves
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(
+                f"--device {device}: torch {torch.__version__} finds no CUDA here; use cpu"
+            )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[dtype]
+        self.tokenizer = load_tokenizer(path)
+        self.image_processor, self.image_token_id = image_parts(path)
+        self.model = load_model(path, self.dtype)
+        self.model.to(self.device).eval()  # no dropout: sampler and trainer are one function
+        self.never_sampled = vision_token_ids(self.model.config)
+        self.eos_token_ids = stop_ids(path, self.tokenizer)
+        self.base_path = base_model_of(path)
+        # A model's own sampling settings (Qwen3-VL: top_k 20, top_p 0.8) would bias the ratio.
+        # They are put aside for its checkpoints.
+        self.stock_generation_config = self.model.generation_config
+        self.model.generation_config = GenerationConfig()
+        video = cached_file(path, VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
+        self.video_config = Path(video).read_text() if video else None
+        self.model.base_model.visual.requires_grad_(False)  # delete this line to train it, too
+        if lora or self.has_adapters:
+            train_adapters(self.model, lora, path)
+        if recompute_layers:
+            checkpoint_layers(self.model)
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.model._hf_peft_config_loaded
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that are trained."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # -------------------------------------------------------------------------------- sampling
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        return encode(prompt, self.tokenizer, self.image_processor, self.image_token_id)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[Prompt],
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[Group]:
+        """P groups of G completions. `seed` alone decides them, whatever was sampled before."""
+        torch.manual_seed(seed)
+        encoded = [self.encode(prompt) for prompt in prompts]
+        slots = [one for one in encoded for _ in range(group_size)]
+        ids, attention, positions, cache = self.prefill_prompts(slots)
+        recorder = BehaviorRecorder(self, temperature)
+        sequences = self.model.generate(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_processor=[recorder],
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=1.0,  # the recorder has applied it
+                top_p=1.0,
+                top_k=0,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=self.eos_token_ids,
+                pad_token_id=self.eos_token_ids[0],
+            ),
+        )
+        tokens = sequences[:, ids.shape[1] :]  # (B, T)
+        logprobs = recorder.finish(tokens)  # (B, T)
+        groups = [Group(prompt, one, []) for prompt, one in zip(prompts, encoded)]
+        for row, (ids, values) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
+            stop = next((t for t, id in enumerate(ids) if id in self.eos_token_ids), None)
+            length = len(ids) if stop is None else stop + 1
+            text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+            group = groups[row // group_size]
+            group.completions.append(
+                Completion(
+                    group.prompt.id, ids[:length], values[:length], text, finished=stop is not None
+                )
+            )
+        return groups
+
+    def sampling_logprobs(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Log-probs (…, V) of the distribution that is sampled, from the model's logits."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        never = torch.tensor(self.never_sampled, device=logits.device)
+        return torch.log_softmax(logits.index_fill(-1, never, float("-inf")), dim=-1)
+
+    # ------------------------------------------------------------------------------- log-probs
+
+    def logprobs(
+        self, rows: list[tuple[EncodedPrompt, list[int]]], temperature: float, entropy: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Token log-probs of completions, with gradient.
+
+        Args:
+            rows: B pairs of an encoded prompt and the completion's token ids, EOS included.
+        Returns:
+            log-probs (B, T), 0 beyond a row's length; mask (B, T), True on the completion's
+            tokens; on request the entropy (B, T) in nats of each token's distribution.
+        """
+        ids, attention, positions, cache = self.prefill_prompts([encoded for encoded, _ in rows])
+        completions = [torch.tensor(tokens, device=self.device) for _, tokens in rows]
+        targets = pad_sequence(completions, batch_first=True)  # (B, T)
+        lengths = torch.tensor([len(tokens) for _, tokens in rows], device=self.device)
+        steps = torch.arange(targets.shape[1], device=self.device)
+        mask = steps < lengths[:, None]  # (B, T)
+        hidden = self.model.base_model(
+            input_ids=torch.cat([ids[:, -1:], targets[:, :-1]], dim=1),  # each predicts the next
+            attention_mask=torch.cat([attention, mask[:, :-1].to(attention.dtype)], dim=1),
+            position_ids=positions[:, :, -1:] + steps,
+            past_key_values=cache,
+        ).last_hidden_state  # (B, T, H)
+        chunks = zip(hidden[mask].split(VOCABULARY_CHUNK), targets[mask].split(VOCABULARY_CHUNK))
+        parts = [
+            checkpoint(self._project, h, t, temperature, entropy, use_reentrant=False)
+            for h, t in chunks
+        ]
+        values = torch.cat(parts)  # (N, 1 or 2), of the N real tokens
+        laid_out = (
+            values.new_zeros(mask.shape).masked_scatter(mask, column)
+            for column in values.unbind(-1)
+        )
+        logprobs, *more = laid_out
+        return logprobs, mask, *more
+
+    def _project(self, hidden, target, temperature, entropy):
+        logits = self.model.get_output_embeddings()(hidden)
+        logprobs = self.sampling_logprobs(logits, temperature)  # (N, V)
+        values = [logprobs.gather(-1, target[:, None])[:, 0]]
+        if entropy:
+            finite = logprobs.masked_fill(logprobs == float("-inf"), 0.0)
+            values.append(-(logprobs.exp() * finite).sum(dim=-1))
+        return torch.stack(values, dim=-1)
+
+    def prefill_prompts(
+        self, rows: list[EncodedPrompt]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DynamicCache]:
+        """Runs each distinct prompt once, all but its last token, and copies its keys and values.
+
+        So a group's prompt with its images is computed once, not G times, in sampling and in
+        training, where the gradient flows back through the copies (as in Prefix Grouper,
+        arXiv 2506.05433).
+
+        Returns:
+            of the B rows, padded on the left: token ids (B, S), attention mask (B, S),
+            positions (3, B, S), and a cache of length S - 1.
+        """
+        distinct = {id(encoded): encoded for encoded in rows}
+        prompts, order = list(distinct.values()), list(distinct)
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        padding = [width - len(prompt.token_ids) for prompt in prompts]
+        # attention hides the padding, so any id will do that is not an image's
+        padded = [[0] * pad + prompt.token_ids for pad, prompt in zip(padding, prompts)]
+        ids = torch.tensor(padded, device=self.device)
+        starts = torch.tensor(padding, device=self.device)
+        attention = (torch.arange(width, device=self.device) >= starts[:, None]).long()
+        images = {}
+        if pictured := [prompt for prompt in prompts if prompt.pixel_values is not None]:
+            pixels = torch.cat([prompt.pixel_values for prompt in pictured])
+            grids = torch.cat([prompt.image_grid_thw for prompt in pictured])
+            images["pixel_values"] = pixels.to(self.device, self.dtype)
+            images["image_grid_thw"] = grids.to(self.device)
+        types = (ids == self.image_token_id).int()
+        positions, _ = self.model.base_model.get_rope_index(
+            ids, types, images.get("image_grid_thw"), attention_mask=attention
+        )
+        cache = DynamicCache(config=self.model.config)
+        self.model.base_model(
+            input_ids=ids[:, :-1],
+            attention_mask=attention[:, :-1],
+            position_ids=positions[:, :, :-1],
+            mm_token_type_ids=types[:, :-1],
+            past_key_values=cache,
+            **images,
+        )
+        copies = [order.index(id(encoded)) for encoded in rows]  # (B,)
+        copies = torch.tensor(copies, device=self.device)
+        cache.batch_select_indices(copies)
+        return ids[copies], attention[copies], positions[:, copies], cache
+
+
+class BehaviorRecorder(LogitsProcessor):
+    """Turns logits into the log-probs that are sampled from, and keeps those of drawn tokens.
+
+    `generate` calls it once per token, before that token is drawn, so each call first records the
+    token drawn last.
+    """
+
+    def __init__(self, policy: Policy, temperature: float):
+        self.policy, self.temperature = policy, temperature
+        self.drawn, self.distribution = [], None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.distribution is not None:
+            self.drawn.append(self.distribution.gather(-1, input_ids[:, -1:]))
+        self.distribution = self.policy.sampling_logprobs(scores, self.temperature)  # (B, V)
+        if self.distribution.isnan().any():
+            raise FloatingPointError("the policy's logits are nan or infinite")
+        return self.distribution
+
+    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probs (B, T) of all sampled tokens (B, T); what stands after EOS means nothing."""
+        if len(self.drawn) < tokens.shape[1]:
+            self.drawn.append(self.distribution.gather(-1, tokens[:, -1:]))
+        return torch.cat(self.drawn, dim=-1)[:, : tokens.shape[1]]
+
+
+def load_model(path: str | Path, dtype: torch.dtype):
+    """An image-text-to-text model with multimodal rotary positions and no weight missing."""
+    try:
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unloadable(path, error) from error
+    if missing := loaded["missing_keys"]:
+        raise UsageError(
+            f"model {path}: {len(missing)} weights are missing, such as {min(missing)}"
+        )
+    if not hasattr(model.base_model, "get_rope_index"):
+        raise UsageError(
+            f"model {path}: {type(model).__name__} has no multimodal rotary positions; "
+            "take a Qwen3-VL"
+        )
+    return model
+
+
+def checkpoint_layers(model) -> None:
+    """Makes each layer of the language model store its input alone and recompute the rest.
+
+    transformers' own gradient checkpointing drops the cache, in which rows share their prompt:
+    here keys and values go through the checkpoint as tensors.
+    """
+    for layer in model.base_model.language_model.layers:
+        index = layer.self_attn.layer_idx
+        layer.forward = functools.partial(_checkpointed, layer.forward, index, model.config)
+
+
+def _checkpointed(forward, index: int, config, hidden, past_key_values=None, **rest):
+    if not torch.is_grad_enabled():
+        return forward(hidden, past_key_values=past_key_values, **rest)
+
+    def compute(hidden, *before):
+        cache = DynamicCache(config=config)
+        if before:
+            cache.update(*before, index)
+        hidden = forward(hidden, past_key_values=cache, **rest)
+        return (
+            (hidden,) if before else (hidden, cache.layers[index].keys, cache.layers[index].values)
+        )
+
+    layer = past_key_values.layers[index]
+    before = (layer.keys, layer.values) if past_key_values.get_seq_length(index) else ()
+    hidden, *prompt = checkpoint(compute, hidden, *before, use_reentrant=False)
+    if prompt:  # completions come second, and nobody reads what they would leave in the cache
+        past_key_values.update(*prompt, index)
+    return hidden

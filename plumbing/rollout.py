@@ -1,0 +1,115 @@
+"""The nouns. Everything that passes between sampling, verifier, slot replacement and update.
+
+Letters, here and everywhere: P prompts in a step, G slots in a group (the paper's n), B = P*G
+sequences, T the longest completion's tokens. With P = 8 and G = 8 a step has B = 64 sequences.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question. Its `id`, the data set's hash and the row, means the same in every run."""
+
+    id: str
+    messages: list[dict]  # chat messages; an {"type": "image"} part stands for the next of `images`
+    images: list[Image.Image]
+    gold: str
+    choices: list[str] | None = None
+
+
+@dataclass
+class EncodedPrompt:
+    """A prompt as the model reads it: one `<|image_pad|>` per visual token, and the patches."""
+
+    token_ids: list[int]
+    pixel_values: torch.Tensor | None = None  # (patches, patch values)
+    image_grid_thw: torch.Tensor | None = None  # (images, 3)
+
+
+@dataclass
+class Completion:
+    """One sampled answer. `token_ids` include EOS if the model stopped by itself (`finished`)."""
+
+    prompt_id: str
+    token_ids: list[int]
+    behavior_logprobs: list[float] | None  # of each token; None: take the policy's own for them
+    text: str
+    finished: bool
+    source: str = "policy"  # or "guide@40": the guide's step
+    exact: bool = True  # False: vLLM's own log-probs, which are not quite the trainer's
+    accuracy: float | None = None  # accuracy and reward are filled in by the verifier
+    reward: float | None = None
+
+
+@dataclass
+class Group:
+    """A prompt and its G completions."""
+
+    prompt: Prompt
+    encoded: EncodedPrompt
+    completions: list[Completion]
+
+    @property
+    def pass_rate(self) -> float:
+        """Mean accuracy (not reward) over all G completions."""
+        return sum(completion.accuracy for completion in self.completions) / len(self.completions)
+
+
+@dataclass
+class Sample:
+    """A completion in training: one row of a micro-batch. It lives for one update."""
+
+    encoded: EncodedPrompt
+    completion: Completion
+    advantage: float
+    log_q: torch.Tensor | None = None  # (tokens,) denominator of its ratios, set by `log_q_of`
+
+
+def samples_with_signal(groups: list[Group], advantages: torch.Tensor) -> list[Sample]:
+    """The groups' completions with their advantages (P, G), without groups where all are 0."""
+    return [
+        Sample(group.encoded, completion, advantage)
+        for group, row in zip(groups, advantages.tolist())
+        if any(row)
+        for completion, advantage in zip(group.completions, row)
+    ]
+
+
+def log_q_of(
+    samples: list[Sample], logprobs: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ratio's denominator: log q of every token, and the weight of every token's term.
+
+    q is the policy that really sampled the completion, through the log-probs it recorded then.
+    Where there are none (a guide without IS correction), or where they are vLLM's for the policy's
+    own slots, q is the policy itself at its first forward of this update, so the ratio starts at 1.
+    What vLLM sampled slightly differently is then corrected by the weight q / q_vllm ("Your
+    Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al. 2025; TRL).
+
+    Args:
+        logprobs: (B, T) of these samples under the policy. mask: (B, T), True on their tokens.
+    Returns:
+        log q (B, T), without gradient, and weights (B, T): 1 but in slots that vLLM sampled.
+    """
+    recorded = []
+    for sample, own, real in zip(samples, logprobs.detach(), mask):
+        behavior = sample.completion.behavior_logprobs
+        if sample.log_q is None:
+            from_policy = behavior is None or not sample.completion.exact
+            sample.log_q = own[real] if from_policy else own.new_tensor(behavior)
+        inexact = behavior is not None and not sample.completion.exact
+        recorded.append(own.new_tensor(behavior) if inexact else sample.log_q)
+    log_q = torch.zeros_like(logprobs).masked_scatter(mask, torch.cat([s.log_q for s in samples]))
+    behavior = torch.zeros_like(logprobs).masked_scatter(mask, torch.cat(recorded))
+    return log_q, torch.exp(log_q - behavior)
+
+
+def batched(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Chunks of `size` items; the last one may be shorter."""
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

@@ -1,0 +1,344 @@
+"""The run directory: what a training run reads and writes.
+
+    config.json  metrics.jsonl  samples.jsonl  checkpoints/step_000040/  curves.png  summary.json
+    (npo.py: + guide.jsonl, exgrpo.py: + experience.jsonl)
+
+The directory is the truth. Which prompts step k sees, and the seed that it samples with, are pure
+functions of (seed, k). So resuming needs no generator state, a rollback replays the same prompts,
+and the same command continues a run from its newest checkpoint to the same bits. What was logged
+after that checkpoint is dropped and done again.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import verifier
+from plumbing import UsageError, vllm_sampler
+from plumbing.checkpoints import (
+    checkpoint_bytes,
+    checkpoint_path,
+    checkpoint_state,
+    checkpoints,
+    load_optimizer,
+    make_optimizer,
+    remove_checkpoint,
+    save_checkpoint,
+    step_of,
+    write_aside,
+)
+from plumbing.command import open_directory
+from plumbing.data import PromptSet, load_prompts
+from plumbing.memory import rehearse
+from plumbing.metrics import (
+    answer_metrics,
+    batch_arithmetic,
+    guide_metrics,
+    step_line,
+    transcript,
+)
+from plumbing.model import Policy
+from plumbing.rollout import Group, batched
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step
+
+
+def derived_seed(*key) -> int:
+    """63 bits out of whatever names a random choice, such as (seed, "sample", step)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def rows_of_step(count: int, step: int, config) -> list[int]:
+    """Which P of `count` prompts a step (from 1) asks: the next of a shuffle, new every epoch."""
+    first, last = (step - 1) * config.prompts_per_step, step * config.prompts_per_step
+    orders = {}  # of each epoch that the step touches
+    for epoch in range(first // count, (last - 1) // count + 1):
+        orders[epoch] = list(range(count))
+        random.Random(derived_seed(config.seed, "shuffle", epoch)).shuffle(orders[epoch])
+    return [orders[place // count][place % count] for place in range(first, last)]
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """All whole lines; a last line that a kill cut short does not count."""
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UsageError(f"{path}: is not JSON lines ({error}); mend it or move it away") from error
+
+
+def lineage_key(line: dict) -> tuple[int, int]:
+    """Orders log lines and checkpoints in time: after a rollback (AutoNPO's) steps start lower."""
+    return line.get("rollbacks", 0), line["step"]
+
+
+def current_lineage(lines: list[dict]) -> list[dict]:
+    """The log lines that led to the present policy; lines undone by a rollback are dropped."""
+    kept = []
+    for line in lines:
+        undone = lineage_key(line)
+        while kept and kept[-1].get("rollbacks", 0) < undone[0] and kept[-1]["step"] >= undone[1]:
+            kept.pop()
+        kept.append(line)
+    return kept
+
+
+def evaluations(out: str | Path) -> list[dict]:
+    """The metrics lines with a held-out accuracy, by step."""
+    lines = current_lineage(read_jsonl(Path(out) / "metrics.jsonl"))
+    return [line for line in lines if "eval/accuracy" in line]
+
+
+def sampler_of(policy: Policy, config, prompts: PromptSet) -> Policy | vllm_sampler.VLLMSampler:
+    """What samples for a policy: itself, or vLLM with its weights. Both have `sample`."""
+    if config.sampler == "hf":
+        return policy
+    engine = vllm_sampler.engine_of(policy, config)
+    engine.sync(policy, [prompts[row] for row in range(min(2, len(prompts)))], config.temperature)
+    return engine
+
+
+def sampled_tokens(groups: Iterable[Group]) -> int:
+    return sum(len(c.token_ids) for group in groups for c in group.completions)
+
+
+class Run:
+    """Training from a starting checkpoint to `config.steps`, in a directory of its own.
+
+    Args:
+        start: the checkpoint that it starts from, optimizer included; None for --model.
+        spent_tokens: sampled before by scout and guide, so that `sampled_tokens` counts them.
+        keep_back: checkpoints at most so many steps old stay, whatever --keep says.
+    """
+
+    def __init__(
+        self,
+        config,
+        out: str | Path,
+        start: Path | None = None,
+        spent_tokens: int = 0,
+        keep_back: int = 0,
+    ):
+        self.config, self.out, self.keep_back = config, Path(out), keep_back
+        open_directory(config, self.out)
+        for leftover in self.out.glob("checkpoints/*.tmp"):  # a kill while one was written
+            shutil.rmtree(leftover)
+        self.start_step = checkpoint_state(start)["step"] if start else 0
+        states = {path: checkpoint_state(path) for path in checkpoints(self.out)}
+        newest = max(states, key=lambda path: lineage_key(states[path]), default=None)
+        state = states.get(newest, {"step": self.start_step, "sampled_tokens": spent_tokens})
+        self.step, self.sampled_tokens = state["step"], state["sampled_tokens"]
+        self.rollbacks = state.get("rollbacks", 0)
+        self.memory = state.get("memory", {})  # what AutoNPO remembers, as plain data
+        if self.rollbacks:
+            self._forget_after(self.step)  # a kill may have come in the middle of this
+        self._drop_lines_after(lineage_key(state) if newest else (0, -1))
+        if self.step < config.steps:  # else all is done, and no model needs loading
+            self.train_prompts, self.held_out = load_prompts(config)
+            self._load(newest or start)
+
+    def _load(self, source: Path | None) -> None:
+        config = self.config
+        self.policy = self.optimizer = self.sampler = None  # never two of them in memory
+        torch.manual_seed(derived_seed(config.seed, "adapters"))  # of new LoRA adapters
+        self.policy = Policy(
+            source or config.model_path,
+            config.device,
+            config.dtype,
+            config.lora,
+            recompute_layers=not config.on_cards,
+        )
+        self.optimizer = make_optimizer(self.policy.parameters(), config.lr, config.weight_decay)
+        if source and (Path(source) / "optimizer.pt").is_file():
+            load_optimizer(self.optimizer, Path(source) / "optimizer.pt")
+        elif source:
+            tqdm.write(f"{source}: has no optimizer.pt; AdamW's moments start at 0")
+        self.sync()
+        if self.policy.device.type == "cuda":
+            rehearse(self.policy, config)
+
+    def sync(self) -> None:
+        """The sampler gets the policy's weights; the policy itself has them anyway."""
+        self.sampler = sampler_of(self.policy, self.config, self.train_prompts)
+
+    def __enter__(self) -> "Run":
+        if self.step < self.config.steps:
+            config, trained = self.config, sum(p.numel() for p in self.policy.parameters())
+            resumed = f", resumed at step {self.step}" if self.step > self.start_step else ""
+            tqdm.write(
+                f"{self.out}: steps {self.start_step + 1}-{config.steps}{resumed} | "
+                f"{batch_arithmetic(config)} | {len(self.train_prompts)} prompts, "
+                f"{len(self.held_out)} held out | {trained:,} trained parameters"
+            )
+            if self.keep_back:
+                count = self.keep_back // config.save_every + 2
+                size = checkpoint_bytes(self.policy) / 1e9
+                tqdm.write(
+                    f"keeps {count} checkpoints to go back to: {count * size:.3g} GB of disk"
+                )
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        done = checkpoints(self.out)
+        kept = str(done[-1]) if done else "none yet (the run starts over)"
+        if kind is FloatingPointError:
+            raise UsageError(
+                f"step {self.step + 1}: {error}; stopped. The last checkpoint is {kept}; "
+                "a lower --lr or --max-grad-norm may help"
+            ) from error
+        if kind is KeyboardInterrupt:
+            tqdm.write(
+                f"\ninterrupted in step {self.step + 1}; the same command resumes from {kept}"
+            )
+
+    # ----------------------------------------------------------------------- parts of the loops
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps still to do. Before the first one the start is evaluated."""
+        steps = self.config.steps
+        if self.step < steps and not (self.out / "metrics.jsonl").is_file():
+            start = {"step": self.step, "sampled_tokens": self.sampled_tokens}
+            self.log(start | {"eval/accuracy": self.evaluate(self.step)})
+        finished = self.step >= steps
+        with tqdm(
+            total=steps, initial=self.step, desc=self.out.name, unit="step", disable=finished
+        ) as bar:
+            while self.step < steps:
+                yield self.step + 1
+                bar.update(self.step - bar.n)
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of the training prompts that a step asks."""
+        return rows_of_step(len(self.train_prompts), step, self.config)
+
+    def sample(self, step: int, rows: list[int] | None = None, group_size: int = 0) -> list[Group]:
+        """A step's prompts (or the given rows), each answered G times by the policy."""
+        self.clock = [time.perf_counter()]
+        config, seed = self.config, derived_seed(self.config.seed, "sample", step)
+        rows = self.rows(step) if rows is None else rows
+        prompts = [self.train_prompts[row] for row in rows]
+        torch.manual_seed(seed)  # also seeds the optimizer's rounding in bf16
+        size = group_size or config.group_size
+        groups = self.sampler.sample(prompts, size, config.max_new_tokens, config.temperature, seed)
+        self.sampled_tokens += sampled_tokens(groups)
+        self.clock.append(time.perf_counter())
+        return groups
+
+    def ask(self, prompts: PromptSet, rows: Sequence[int], samples: int, *key) -> Iterator[Group]:
+        """Scored answers outside of a step, `samples` per prompt. `key` names the occasion."""
+        config = self.config
+        size = max(1, config.prompts_per_step * config.group_size // samples)  # as in a step
+        bar = tqdm(total=len(rows), desc=str(key[0]), leave=False, delay=3)
+        for chunk, some in enumerate(batched(rows, size)):
+            groups = self.sampler.sample(
+                [prompts[row] for row in some],
+                samples,
+                config.max_new_tokens,
+                config.temperature,
+                derived_seed(config.seed, *key, chunk * size),
+            )
+            verifier.score(groups)
+            bar.update(len(some))
+            yield from groups
+        bar.close()
+
+    def evaluate(self, step: int) -> float:
+        """Mean accuracy of `eval_samples` answers to each held-out prompt."""
+        rows, samples = range(len(self.held_out)), self.config.eval_samples
+        groups = self.ask(self.held_out, rows, samples, "evaluate", step)
+        right = sum(c.accuracy for group in groups for c in group.completions)
+        return right / (len(rows) * samples)
+
+    def end_step(
+        self, step: int, groups: list[Group], stats: dict, mixed: list[Group] | None = None
+    ) -> None:
+        """Logs the step; evaluates and saves where that is due.
+
+        `mixed` are the groups after slot replacement, in a loop that replaces slots.
+        """
+        self.clock.append(time.perf_counter())
+        start, sampled, trained = self.clock
+        metrics = {"step": step, **answer_metrics(groups), **stats}
+        metrics |= guide_metrics(step, mixed) if mixed else {}
+        metrics["sampled_tokens"] = self.sampled_tokens
+        metrics |= {"time/generate": sampled - start, "time/train": trained - sampled}
+        if self.config.sampler == "vllm":
+            self.sync()
+            metrics["time/sync"] = time.perf_counter() - trained
+            metrics["sampling/probe_difference"] = self.sampler.difference
+        metrics["step_time"] = time.perf_counter() - start
+        last = step == self.config.steps
+        if last or step % self.config.eval_every == 0:
+            metrics["eval/accuracy"] = self.evaluate(step)
+        self.log(metrics)
+        self.log(transcript(step, groups, mixed or groups), "samples.jsonl")
+        tqdm.write(step_line(metrics, self.config.steps, self.config.prompts_per_step))
+        self.step = step
+        if last or step % self.config.save_every == 0 or str(step) in self._kept_steps():
+            self.save()
+
+    # ------------------------------------------------------------------------------ what is kept
+
+    def save(self) -> None:
+        """A checkpoint. Of the older ones, those go that neither --keep nor `keep_back` keeps."""
+        newest, kept = checkpoint_path(self.out, self.step), self._kept_steps()
+        save_checkpoint(self.policy, newest, self._state(), self.optimizer)
+        for path in checkpoints(self.out):
+            near = step_of(path) >= self.step - self.keep_back
+            if not (near or "all" in kept or str(step_of(path)) in kept):
+                remove_checkpoint(path)
+
+    def save_start(self, memory: dict) -> None:
+        """Makes the model that training starts from a checkpoint, too."""
+        if self.step == 0 and not checkpoints(self.out):
+            self.memory = memory
+            self.save()
+
+    def _kept_steps(self) -> list[str]:
+        return self.config.keep.split(",")
+
+    def _state(self) -> dict:
+        state = {"step": self.step, "sampled_tokens": self.sampled_tokens}
+        if self.memory:
+            state |= {"rollbacks": self.rollbacks, "memory": self.memory}
+        return state
+
+    def log(self, line: dict, name: str = "metrics.jsonl") -> None:
+        """Appends a line to one of `LOGS`."""
+        if self.rollbacks:
+            line = line | {"rollbacks": self.rollbacks}
+        with open(self.out / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def roll_back(self, step: int, memory: dict) -> None:
+        """Goes back to an earlier checkpoint: weights, optimizer and step; `memory` goes along.
+
+        It has happened once that checkpoint's state.json is replaced, in one act: a kill before
+        leaves the run where it was.
+        """
+        path = checkpoint_path(self.out, step)
+        self._load(path)
+        self.step, self.rollbacks, self.memory = step, self.rollbacks + 1, memory
+        write_aside(path / "state.json", json.dumps(self._state()))
+        self._forget_after(step)
+
+    def _forget_after(self, step: int) -> None:
+        for path in checkpoints(self.out):
+            if step_of(path) > step:
+                remove_checkpoint(path)
+
+    def _drop_lines_after(self, last: tuple[int, int]) -> None:
+        for path in (self.out / name for name in LOGS):
+            kept = [line for line in read_jsonl(path) if lineage_key(line) <= last]
+            if kept:
+                write_aside(path, "".join(json.dumps(line) + "\n" for line in kept))
+            else:
+                path.unlink(missing_ok=True)

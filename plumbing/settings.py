@@ -1,0 +1,127 @@
+"""The flags that every run has, what they default to, and how a value that makes no sense is told.
+
+A comment beside a field is its help; a comment on a line of its own is a heading of `--help`.
+"""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from plumbing import UsageError
+from worlds import cards
+
+# What a field that is None becomes: (in the cards world, elsewhere)
+BY_WORLD = {
+    "max_new_tokens": (64, 4096),  # 4096 and 1e-6: the authors' settings
+    "lr": (1e-4, 1e-6),
+    "eval_samples": (4, 1),
+    "micro_batch_size": (32, 4),
+    "keep": ("all", "none"),
+    "min_gain": (0.04, 0.01),
+}
+
+# Flags that change nothing in what a run computes
+MAY_CHANGE_ON_RESUME = (
+    "out",
+    "fresh",
+    "keep",
+    "device",
+    "vllm_memory",
+    "micro_batch_size",
+    "dry_run",
+)
+
+
+@dataclass
+class RunConfig:
+    # Run
+    model: str = "cards"  # "cards" (the tiny base), a hub id, or a save_pretrained folder
+    dataset: str | None = None  # "cards", hub id, file or folder [cards, else hiyouga/geometry3k]
+    columns: str = ""  # as in prompt=problem,images=images,answer=answer,choices=options
+    out: str = "runs"  # run directory; the same command resumes it
+    fresh: bool = False  # start over; the run in --out is moved to OUT.old
+    lora: int = 0  # rank of LoRA adapters trained in place of the weights; not in our sources
+    # Length
+    steps: int = 100  # training steps
+    seed: int = 0  # decides prompts, sampling and evaluation
+    eval_every: int = 5  # steps between evaluations
+    eval_prompts: int = 256  # held-out prompts: the last rows of the data set, never trained on
+    eval_samples: int | None = None  # answers to each, sampled as in training [cards 4, else 1]
+    save_every: int = 20  # steps between checkpoints (the authors: 10 or 20)
+    keep: str | None = None  # old checkpoints: all, none, or steps as 40,100 [cards all, else none]
+    # Machine
+    device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm where it and cuda are, not for cards]
+    vllm_memory: float = 0.35  # share of the GPU for vLLM's weights and cache
+    micro_batch_size: int | None = None  # sequences at a time, memory only [cards 32, else 4]
+    max_prompt_tokens: int = 4096  # longer prompts, images counted, are dropped (as the authors)
+    dry_run: bool = False  # print the batch arithmetic and the memory that it takes, and stop
+
+    def __post_init__(self):
+        if self.dataset is None:
+            self.dataset = "cards" if self.model == "cards" else "hiyouga/geometry3k"
+        for name, (in_cards, elsewhere) in BY_WORLD.items():
+            if getattr(self, name, 0) is None:
+                setattr(self, name, in_cards if self.on_cards else elsewhere)
+                if name == "lr" and self.lora:
+                    self.lr *= 10
+        if self.sampler == "auto":
+            on_gpu = torch.cuda.is_available() and self.device != "cpu"
+            use_vllm = on_gpu and vllm_installed() and not self.on_cards
+            self.sampler = "vllm" if use_vllm else "hf"
+
+    @property
+    def on_cards(self) -> bool:
+        return self.dataset == "cards"
+
+    @property
+    def model_path(self) -> str:
+        return str(cards.BASE) if self.model == "cards" else self.model
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and gradients: bf16 on CUDA; the cards world is fp32 everywhere."""
+        on_gpu = torch.cuda.is_available() and self.device != "cpu"
+        return "bf16" if on_gpu and not self.on_cards else "fp32"
+
+    def check(self) -> None:
+        """Raises UsageError for the first value that makes no sense."""
+        counts = ("steps", "eval_every", "eval_prompts", "eval_samples", "save_every")
+        for name in (*counts, "micro_batch_size", "max_prompt_tokens"):
+            within(self, name, least=1)
+        within(self, "lora", least=0)
+        within(self, "vllm_memory", above=0, below=1)
+        if not re.fullmatch(r"(all|none|\d+)(,\d+)*", self.keep):
+            raise UsageError(f"--keep {self.keep}: must be all, none, or steps as in 40,100")
+        if self.sampler == "vllm" and not vllm_installed():
+            raise UsageError(
+                "--sampler vllm: vllm is not installed; pip install -r requirements-gpu.txt, "
+                "or use --sampler hf"
+            )
+        if self.sampler == "vllm" and self.device not in ("auto", "cpu", "cuda", "cuda:0"):
+            raise UsageError(
+                f"--device {self.device}: vLLM uses the first GPU that it sees; "
+                "set CUDA_VISIBLE_DEVICES and leave --device out"
+            )
+
+
+def within(config, name: str, least=None, most=None, above=None, below=None) -> None:
+    """Raises UsageError where a value lies outside its range, and says which range that is."""
+    value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+    wanted = [
+        (least, "at least", lambda: value >= least),
+        (above, "above", lambda: value > above),
+        (most, "at most", lambda: value <= most),
+        (below, "below", lambda: value < below),
+    ]
+    wanted = [(limit, word, holds) for limit, word, holds in wanted if limit is not None]
+    if not all(holds() for _, _, holds in wanted):  # also for nan, which compares with nothing
+        limits = " and ".join(f"{word} {limit:g}" for limit, word, _ in wanted)
+        raise UsageError(f"{flag} {value}: must be {limits}")
+
+
+def vllm_installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None

@@ -1,0 +1,212 @@
+"""Sampling with vLLM: same interface as `Policy.sample`, many times as fast on a GPU.
+
+Four traps of sampling a Qwen3-VL with it are closed here:
+- prompts go in with one `<|image_pad|>` per image (expanded ids would be expanded twice), and the
+  ids that vLLM makes of them must be those that `encode` makes;
+- log-probs are the processed ones, of the distribution that is sampled at this temperature;
+- vision tokens are never sampled, as in `Policy.sampling_logprobs`;
+- stale weights: after every update `sync` hands vLLM the trainer's weights, in this process and
+  without a file, empties every cache, and compares weights and the log-probs of a probe.
+
+requirements-gpu.txt says how to install it, also on a CPU.
+"""
+
+import gc
+import os
+
+# all of these are read when vLLM is imported
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+from transformers import AutoConfig
+
+from plumbing.encode import (
+    MAX_IMAGES,
+    encode,
+    image_parts,
+    load_tokenizer,
+    placeholder_ids,
+    stop_ids,
+    vision_token_ids,
+)
+from plumbing.lora import merged_weights
+from plumbing.model import Policy
+from plumbing.rollout import Completion, Group, Prompt
+
+MAX_PROMPT = 32_768  # tokens, images included
+PROBE_TOKENS = 16
+# Largest difference on the probe, in nats per token. In bf16 with images 0.3 is normal.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+
+
+class VLLMSampler:
+    def __init__(
+        self,
+        path: str,
+        max_new_tokens: int,
+        dtype: str = "fp32",
+        max_prompt: int = MAX_PROMPT,
+        memory: float = 0.9,
+    ):
+        """Loads a hub id or a checkpoint folder of a whole model.
+
+        Args:
+            dtype: "fp32" or "bf16".
+            max_prompt: tokens in the longest prompt, images included.
+            memory: share of the GPU for its weights and cache.
+        """
+        from vllm import LLM
+
+        self.tokenizer = load_tokenizer(path)
+        self.image_processor, self.image_token_id = image_parts(path)
+        config = AutoConfig.from_pretrained(path)
+        self.never_sampled = set(vision_token_ids(config))
+        self.eos_token_ids = stop_ids(path, self.tokenizer)
+        on_gpu, positions = torch.cuda.is_available(), config.get_text_config()
+        self.llm = LLM(
+            model=str(path),
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype],
+            seed=0,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            max_model_len=min(positions.max_position_embeddings, max_prompt + max_new_tokens),
+            limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0},
+            gpu_memory_utilization=memory,
+            enforce_eager=not on_gpu,
+            enable_chunked_prefill=on_gpu,  # the CPU build cannot combine it with seeds
+        )
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[Group]:
+        """P groups of G completions; the same seed and prompts give the same ones."""
+        from vllm import SamplingParams
+
+        asked, settings = [], []
+        for number, prompt in enumerate(prompts):
+            ids = placeholder_ids(prompt, self.tokenizer, self.image_token_id)
+            images = {"multi_modal_data": {"image": prompt.images}} if prompt.images else {}
+            asked.append({"prompt_token_ids": ids} | images)
+            settings.append(
+                SamplingParams(
+                    n=group_size,
+                    temperature=temperature,
+                    top_p=1.0,
+                    top_k=0,
+                    logprobs=0,
+                    max_tokens=max_new_tokens,
+                    logit_bias=dict.fromkeys(self.never_sampled, float("-inf")),
+                    stop_token_ids=self.eos_token_ids,
+                    seed=(seed + number * group_size) % 2**62,  # vLLM adds the slot's number
+                )
+            )
+        answers = self.llm.generate(asked, settings, use_tqdm=False)
+        return [self._group(prompt, answer) for prompt, answer in zip(prompts, answers)]
+
+    def _group(self, prompt: Prompt, answer) -> Group:
+        encoded = encode(prompt, self.tokenizer, self.image_processor, self.image_token_id)
+        if answer.prompt_token_ids != encoded.token_ids:
+            raise RuntimeError(
+                f"prompt {prompt.id}: vLLM read {len(answer.prompt_token_ids)} tokens where the "
+                f"trainer reads {len(encoded.token_ids)}; the two count its images differently. "
+                "Is the checkpoint's image processor the one that vLLM loads?"
+            )
+        completions = []
+        for output in answer.outputs:
+            ids = list(output.token_ids)
+            if vision := set(ids) & self.never_sampled:
+                raise RuntimeError(
+                    f"prompt {prompt.id}: vLLM sampled the vision token {min(vision)}, "
+                    "which no training forward can read"
+                )
+            logprobs = [tokens[id].logprob for tokens, id in zip(output.logprobs, ids)]
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            stopped = ids[-1] in self.eos_token_ids
+            completions.append(
+                Completion(prompt.id, ids, logprobs, text, finished=stopped, exact=False)
+            )
+        return Group(prompt, encoded, completions)
+
+    # ------------------------------------------------------------------------------------ sync
+
+    def sync(self, policy: Policy, probe: list[Prompt], temperature: float) -> None:
+        """Gives vLLM the policy's weights.
+
+        `difference` is then the largest one between both sides' log-probs on the probe, in nats
+        per token.
+
+        Raises:
+            RuntimeError: it is larger than rounding explains: vLLM samples another policy.
+        """
+        weights = {"weights_iterator": merged_weights(policy.model)}
+        self.llm.collective_rpc("reload_weights", kwargs=weights)
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: keys and values of the old weights")
+        self.llm.llm_engine.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        self._compare_weights(policy)
+        groups = self.sample(probe, 1, PROBE_TOKENS, temperature, seed=0)
+        rows = [(group.encoded, c) for group in groups for c in group.completions]
+        with torch.no_grad():
+            asked = [(encoded, c.token_ids) for encoded, c in rows]
+            logprobs, mask = policy.logprobs(asked, temperature)  # (B, T)
+        theirs = torch.tensor([value for _, c in rows for value in c.behavior_logprobs])
+        ours = logprobs[mask].float().cpu()
+        worst = (ours - theirs).abs().argmax()
+        self.difference = (ours - theirs).abs()[worst].item()
+        if not self.difference <= TOLERANCE.get(policy.dtype, TOLERANCE[torch.float32]):
+            raise RuntimeError(
+                "vLLM does not have the trainer's weights: of a token of the probe its log-prob is "
+                f"{theirs[worst]:.4f}, the trainer's {ours[worst]:.4f}. The sync failed; use "
+                "--sampler hf, and report it"
+            )
+
+    def _compare_weights(self, policy: Policy) -> None:
+        """Bit by bit, of the weights that vLLM keeps as they are.
+
+        In bf16 a step is too small to show on the probe, but it shows in the embeddings.
+        """
+        theirs = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
+        kept = ("embed_tokens.weight", "layernorm.weight", "language_model.norm.weight")
+        for name, weight in policy.model.state_dict().items():
+            if not name.endswith(kept):
+                continue
+            other = theirs[name.replace("model.language_model.", "language_model.model.", 1)]
+            other = other[: len(weight)].to(weight.device)
+            if (differ := other != weight).any():
+                raise RuntimeError(
+                    f"vLLM does not have the trainer's weights: {name} holds "
+                    f"{other[differ][0].item()} there and {weight[differ][0].item()} here. "
+                    "The sync failed; use --sampler hf, and report it"
+                )
+
+
+ENGINE: dict[tuple, VLLMSampler] = {}  # at most one: a second would find the GPU full
+
+
+def engine_of(policy: Policy, config) -> VLLMSampler:
+    """The process's vLLM, for models with the policy's shapes; made anew where they differ."""
+    shapes = policy.model.config.to_diff_dict()
+    shapes = repr([shapes.get("text_config"), shapes.get("vision_config")])
+    key = (shapes, config.max_prompt_tokens, config.max_new_tokens)
+    if key not in ENGINE:
+        ENGINE.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[policy.dtype]
+        ENGINE[key] = VLLMSampler(
+            policy.base_path,
+            config.max_new_tokens,
+            dtype,
+            config.max_prompt_tokens,
+            config.vllm_memory,
+        )
+    return ENGINE[key]

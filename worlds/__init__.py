@@ -1,0 +1,11 @@
+"""Embedded tasks: small worlds of pictured questions that train on a laptop, without a download.
+
+A world makes its own prompts, pictures and right answers, and ships a model small enough for CPU.
+It knows nothing of training, and imports only this folder. The method never depends on it: with
+--model and --dataset the same commands run on real models and data.
+
+cards           the world of digit cards: hands, pictures, questions
+build_cards     trains the two models of this world; only needed to rebuild them
+cards_base/     the tiny base policy, right about once in 100 answers
+cards_teacher/  a larger model, mostly right, that writes in another way
+"""
