@@ -4,15 +4,15 @@ The policy answers P prompts, G times each. Every answer's reward is compared
 with the rewards of its own group, and one clipped policy-gradient step follows
 (Shao et al. 2024, arXiv 2402.03300):
 
-    A_i    = (r_i - mean(r)) / std(r)       over the G rewards of a group
+    A_i    = (r_i - mean(r)) / (std(r) + 1e-6)    over the G rewards of a group
     J      = mean over all P*G answers o_i of
              1/|o_i| sum_t min(rho_it A_i, clip(rho_it, 1-eps_low, 1+eps_high) A_i)
     rho_it = pi_theta(o_it | o_i<t) / q_i(o_it | o_i<t)
 
-q_i is the policy that sampled o_i. As in the authors' settings there is no KL
-term (a verified reward has no reward model to drift away from), and the clip
-range is 0.2 / 0.28. The nouns (Group, Completion, Sample) and the letters are
-explained in plumbing/rollout.py: read it first.
+q_i is the policy that sampled o_i. As in the NPO authors' settings, and unlike
+in Shao et al., there is no KL term (a verified reward has no reward model to
+drift away from), and the clip range is 0.2 / 0.28. The nouns (Group, Completion,
+Sample) and the letters are explained in plumbing/rollout.py: read it first.
 
     python grpo.py                            # the cards world, on a laptop
     python grpo.py --model Qwen/Qwen3-VL-2B-Instruct --out runs/geometry
@@ -36,7 +36,7 @@ from plumbing.settings import RunConfig, within
 class GRPOConfig(RunConfig):
     out: str = "runs/grpo"  # run directory; the same command resumes it
     # Batch
-    prompts_per_step: int = 8  # P (the authors: 256)
+    prompts_per_step: int = 8  # P (the NPO authors: 256)
     group_size: int = 8  # G, the paper's n
     max_new_tokens: int | None = None  # longest answer [cards 64, else 4096]
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
@@ -90,7 +90,7 @@ def clipped_policy_loss(
         advantages: (B,). mask: (B, T), True on the answers' tokens.
         num_sequences: sequences in the whole batch, if this is a
             micro-batch of it, so that the micro-batches' losses add up.
-        weights: (B, T), of each token's term; 1 but for vLLM's slots.
+        weights: (B, T), of each token's term; 1 except in vLLM's slots.
     Returns:
         the loss, and (B, T) of each token: its ratio, and whether the clip
         stopped its gradient at the range's low or high end.

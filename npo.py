@@ -16,9 +16,10 @@ also learns from its own near future.
 Nothing else changes. The guide is a file of answers: no KL reference, no
 averaged teacher. Three interventions are the same act at different times:
 
-    early        the scout and the replay start at the base
-    late         the scout runs into a plateau; the replay starts where it began
-    early+late   late, where the run that reaches the plateau was an early one
+    early        scout and replay start at the base
+    late         the scout runs from the base through a plateau; the replay
+                 starts from its checkpoint at the plateau's start
+    early+late   like late, but the scout is itself an early NPO run
 
     python npo.py                                     # the cards world
     python npo.py --intervention late --out runs/late
@@ -52,7 +53,7 @@ class GuidedConfig(GRPOConfig):
     # Guide
     gate: float = 0.6  # tau: a slot is replaced if the pass-rate is at most this
     guide_samples: int = 8  # the guide's answers to a prompt; not in our sources
-    is_correction: bool = True  # ratio pi_theta / pi_guide; without, it starts at 1
+    is_correction: bool = True  # ratio pi_theta / pi_guide; else to the policy itself: 1 at first
 
     def check(self) -> None:
         super().check()
@@ -66,11 +67,11 @@ class NPOConfig(GuidedConfig):
     steps: int | None = None  # training steps [100; if late: --plateau-end]
     # Intervention
     intervention: Literal["early", "late", "early+late"] = "early"  # where it goes back to
-    scout_steps: int = 40  # early: steps ahead; not in our sources
-    plateau_start: int = 240  # late: step to go back to; not in our sources
-    plateau_end: int = 320  # late: last step of the scout; not in our sources
-    guide: str | None = None  # a checkpoint folder or guide.jsonl, in place of a scout
-    guided_until: int | None = None  # last guided step [the guide's own]
+    scout_steps: int = 40  # early, early+late: steps ahead; not in our sources
+    plateau_start: int = 240  # late, early+late: step to go back to; not in our sources
+    plateau_end: int = 320  # late, early+late: last step of the scout; not in our sources
+    guide: str | None = None  # in place of a scout: a checkpoint (late: of a run) or a guide.jsonl
+    guided_until: int | None = None  # last guided step [the guide's own; of a model, --steps]
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,18 +85,18 @@ class NPOConfig(GuidedConfig):
     def check(self) -> None:
         super().check()
         within(self, "scout_steps", least=1)
-        if self.guided_until is not None:
-            within(self, "guided_until", least=1)
         if self.late:
             within(self, "plateau_start", least=1, below=min(self.plateau_end, self.steps))
+        if self.guided_until is not None:
+            within(self, "guided_until", above=self.plateau_start if self.late else 0)
 
 
 # EXPERIMENT HERE: whose answer takes a slot, which slot, and when.
 def replace_slot(group: Group, guide: Completion | None, gate: float = 0.6) -> Group:
-    """Gives the last slot to the guide's answer, if there is one and the
-    policy's pass-rate over all n slots is at most `gate`.
+    """Gives the last slot to the guide's answer, even if that slot was right,
+    where there is one and at most `gate` of all G answers are right.
 
-    Returns a new group; the argument is never changed.
+    Returns the group itself or a changed copy; the argument stays as it is.
     """
     if guide is None or group.pass_rate > gate:
         return group
@@ -125,10 +126,15 @@ def intervene(config: NPOConfig, out: Path) -> None:
 
 
 def go_ahead(config: NPOConfig, out: Path) -> str:
-    """Runs the scout: this configuration without a guide. Returns its last checkpoint."""
+    """Runs the scout and returns its last checkpoint.
+
+    It is plain GRPO, which ignores the flags of the guide; for early+late it is
+    an early NPO run with a scout of its own.
+    """
     steps = config.plateau_end if config.late else config.scout_steps
     keep = f"{config.keep},{config.plateau_start}" if config.late else config.keep
-    scout = dataclasses.replace(config, intervention="early", steps=steps, out=str(out), keep=keep)
+    changes = {"intervention": "early", "guided_until": None, "steps": steps, "keep": keep}
+    scout = dataclasses.replace(config, out=str(out), **changes)
     if config.intervention == "early+late":
         intervene(scout, out)
     else:

@@ -82,11 +82,12 @@ def we_math(right: dict[str, bool]) -> float | None:
     Returns:
         None if the data set lacks a part of the problem.
     """
-    steps = [value for key, value in right.items() if not key.endswith("multi")]
     count = int(next(iter(right))[0])
-    if len(steps) < count or len(right) == len(steps):
+    steps = [f"{count}steps_{number}" for number in range(1, count + 1)]
+    whole = f"{count}steps_multi"
+    if right.keys() != {*steps, whole}:
         return None
-    return all(steps) * (1.0 if right[f"{count}steps_multi"] else 0.5)
+    return all(right[step] for step in steps) * (1.0 if right[whole] else 0.5)
 
 
 # ---- The table ------------------------------------------------------------------------
@@ -104,7 +105,7 @@ class Benchmark:
     options: Callable[[dict], list | None] = lambda row: None  # None: the answer is free
     listed: bool = False  # the text lists the options already
     rotated: bool = False  # asked once in every rotation of the options
-    asked: Callable[[dict], bool] = lambda row: True
+    asked: Callable[[dict], bool] = lambda row: True  # rows that are asked
     unit: Callable[[dict], tuple[str, str]] | None = None  # what counts together, and the part
     score: Callable[[dict[str, bool]], float | None] = all_right  # of a unit, from its parts
 
@@ -221,7 +222,11 @@ class Item:
 
 
 def items_of(name: str, data_dir: str | None) -> list[Item]:
-    """All items of a benchmark, in the data set's order; reads its texts, but no image yet."""
+    """All items of a benchmark, in the data set's order; reads its texts, but no image yet.
+
+    Raises:
+        UsageError: the data set cannot be loaded, or has other columns.
+    """
     benchmark, rows, items = BENCHMARKS[name], open_rows(name, data_dir), []
     try:
         for column in benchmark.images:

@@ -8,12 +8,12 @@
 These numbers are not comparable with those of papers. Our prompts are our own, and every answer is
 judged by rule, while MathVista, MathVerse and MMBench are officially scored with the help of a
 language model. For comparable numbers use lmms-eval, in an environment of its own. The paper's rows
-stand beside ours to be looked at, not to be beaten.
+are printed beside ours, labelled "paper", for orientation only.
 
 predictions.jsonl in --out gets one line per item: its K answers and what they are judged by. The
 same command resumes an interrupted evaluation; once everything is answered it only scores, without
-loading a model. An item that cannot be asked (an unreadable image, no gold answer) is counted, and
-not scored as wrong.
+loading a model. Items that cannot be asked (an unreadable image, no gold answer) are counted, and
+are not scored as wrong.
 
 avg@K is the mean over the K answers to each item and then over items, pass@K the share of items
 with at least one right answer (the unbiased estimator of Chen et al., arXiv 2107.03374, for k = K).

@@ -29,18 +29,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 import trl
 from accelerate.utils import gather_object
 from datasets import Dataset, Image, Sequence
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, HfArgumentParser, TrainerCallback
-from transformers import Qwen3VLProcessor as StockProcessor
 
 import npo
 import verifier
 from plumbing import UsageError
 from plumbing.checkpoints import checkpoint_state
-from plumbing.data import PromptSet, load_prompts
+from plumbing.data import load_prompts
 from plumbing.encode import image_parts, load_tokenizer, vision_token_ids
 from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
@@ -121,9 +120,7 @@ class NPOTrainer(trl.GRPOTrainer):
                     logprobs[row] = guide.behavior_logprobs or [None] * len(guide.token_ids)
         return prompt_ids, token_ids, tool_mask, texts, logprobs, *rest
 
-    def _slots(
-        self, prompt_ids: list[list[int]], answers: list[Completion]
-    ) -> dict[int, Completion]:
+    def _slots(self, prompt_ids: list, answers: list[Completion]) -> dict[int, Completion]:
         """Which rows of this process the guide's answers take.
 
         A group may span processes: each process looks at all groups that it has a row of.
@@ -173,8 +170,9 @@ class NPOTrainer(trl.GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args, **options):
-        """TRL's loss takes these, detached, where it has no old log-probs: now it has the guide's,
-        and takes these for all other rows.
+        """TRL's. Its loss takes these, detached, as the old log-probs that the batch lacks.
+
+        A batch with a guide's gets all of them here: the guide's, and these in every other row.
         """
         found = super()._get_per_token_logps_and_entropies(*args, **options)
         if self._scored is not None:
@@ -187,14 +185,20 @@ class NPOTrainer(trl.GRPOTrainer):
 # ---- What TRL needs of a model and a data set -----------------------------------------
 
 
-class Processor(StockProcessor):
-    """Qwen3-VL's own without its video part, which would need torchvision (PyPI's does not import
-    beside a CPU build of torch). It encodes exactly as `encode.encode` does.
+class Processor(transformers.Qwen3VLProcessor):
+    """Qwen3-VL's own, without the video part. It encodes exactly as `encode.encode` does.
+
+    The video part needs torchvision, and PyPI's does not import beside a CPU build of torch.
     """
 
     def __init__(self, image_processor, tokenizer, chat_template=None):
         template = chat_template or tokenizer.chat_template
         super().__init__(image_processor, tokenizer, chat_template=template)
+
+    def __call__(self, images=None, text=None, **options):
+        """`images` are TRL's: a list for each prompt, or None where a prompt has no image."""
+        flat = [image for of_prompt in images or [] for image in of_prompt or []]
+        return super().__call__(images=flat or None, text=text, **options)
 
 
 def load_processor(path: str | Path) -> Processor:
@@ -213,22 +217,30 @@ def answered(completions, **_) -> list[float]:
     return [float(verifier.extract_answer(c[0]["content"]) is not None) for c in completions]
 
 
-def rows_of(prompts: list[Prompt] | PromptSet) -> Dataset:
+def rows_of(prompts: list[Prompt]) -> Dataset:
     """The columns that TRL, the rewards and `prompt_of` read."""
-    names = ("prompt", "images", "prompt_id", "gold", "choices")
-    rows = Dataset.from_list(
-        [dict(zip(names, (p.messages, p.images, p.id, p.gold, p.choices or []))) for p in prompts]
-    )
-    if any(rows["images"]):
-        return rows.cast_column("images", Sequence(Image()))
-    return rows.remove_columns("images")
+    rows = [
+        {
+            "prompt": prompt.messages,
+            "images": prompt.images,
+            "prompt_id": prompt.id,
+            "gold": prompt.gold,
+            "choices": prompt.choices or [],
+        }
+        for prompt in prompts
+    ]
+    table = Dataset.from_list(rows)
+    if any(prompt.images for prompt in prompts):
+        return table.cast_column("images", Sequence(Image()))
+    return table.remove_columns("images")
 
 
 def prompt_of(row: dict) -> Prompt:
-    """A row's prompt, without the None that the table has put where a part has no text."""
-    parts = [message["content"] for message in row["prompt"]]
-    parts = [[{k: v for k, v in part.items() if v is not None} for part in some] for some in parts]
-    messages = [message | {"content": content} for message, content in zip(row["prompt"], parts)]
+    """The prompt of a row. In the table every part of a message has a text, if only None."""
+    messages = []
+    for message in row["prompt"]:
+        parts = [{k: v for k, v in p.items() if v is not None} for p in message["content"]]
+        messages.append(message | {"content": parts})
     images, choices = row.get("images", []), row["choices"] or None
     return Prompt(row["prompt_id"], messages, images, row["gold"], choices)
 
@@ -237,8 +249,86 @@ def prompt_of(row: dict) -> Prompt:
 class Arguments:
     model: str = flag("cards", '"cards" (the tiny base), a hub id, or a save_pretrained folder')
     dataset: str | None = flag(None, '"cards", a hub id, a data file or a folder, as in npo.py')
-    columns: str = flag("", "the data set's names, as in prompt=problem,images=images,answer=answer")
-    guide: str | None = flag(None, "checkpoint folder of the same model, or guide.jsonl [no guide]")
+    columns: str = flag("", "as in prompt=problem,images=images,answer=answer,choices=options")
+    guide: str | None = flag(None, "checkpoint folder of the same model, or a guide.jsonl [none]")
     guide_samples: int = flag(8, "the guide's answers to a prompt; not in our sources")
     guide_prompts: int | None = flag(None, "only the first so many prompts of the data set [all]")
-    guided_until: int | None = flag(None, "last guided step; the guide's own is near [no end]")
+    guided_until: int | None = flag(
+        None, "last guided step; beyond the guide's own step it is no future [all steps]"
+    )
+
+
+class GuideCallback(transformers.TrainerCallback):
+    """Before the first step one process lets the guide answer the prompts; then all read them."""
+
+    def __init__(self, trainer: NPOTrainer, arguments: Arguments, config: npo.GuidedConfig):
+        self.trainer, self.arguments, self.config = trainer, arguments, config
+
+    def on_train_begin(self, args, state, control, **_):
+        guide, accelerator = self.arguments.guide, self.trainer.accelerator
+        path = Path(guide)
+        if path.suffix != ".jsonl":
+            path = Path(args.output_dir) / "guide.jsonl"
+            rows = list(range(len(self.trainer.train_dataset)))
+            until = checkpoint_state(guide)["step"] or NO_END
+            with accelerator.main_process_first():
+                if accelerator.is_main_process:
+                    build_guide_cache(path, self.config, guide, rows, until)
+        until = self.arguments.guided_until or NO_END
+        self.trainer.guides = load_guide_cache(path, self.config, until)
+        if accelerator.is_main_process:
+            tqdm.write(f"{path}: {self.trainer.guides}")
+
+
+def make_trainer(arguments: Arguments, config: NPOConfig) -> NPOTrainer:
+    ours = npo.GuidedConfig(
+        model=arguments.model,
+        dataset=arguments.dataset,
+        columns=arguments.columns,
+        gate=config.gate,
+        guide_samples=arguments.guide_samples,
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        prompts_per_step=32,  # that the guide answers at a time
+        seed=config.seed,
+        device="cpu" if config.use_cpu else "auto",
+        sampler="hf",
+    )
+    ours.check()
+    prompts, _ = load_prompts(ours)
+    rows = range(len(prompts))[: arguments.guide_prompts or None]
+    processor = load_processor(ours.model_path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        ours.model_path, dtype=torch.bfloat16 if config.bf16 else torch.float32
+    )
+    model.base_model.visual.requires_grad_(False)
+    # a sampled image token breaks the training forward
+    never = {"suppress_tokens": vision_token_ids(model.config)}
+    config.generation_kwargs = never | (config.generation_kwargs or {})
+    trainer = NPOTrainer(
+        model=model,
+        args=config,
+        reward_funcs=[accuracy, answered],
+        train_dataset=rows_of([prompts[row] for row in rows]),
+        processing_class=processor,
+    )
+    if arguments.guide:
+        trainer.add_callback(GuideCallback(trainer, arguments, ours))
+    return trainer
+
+
+def main() -> None:
+    parser = transformers.HfArgumentParser((Arguments, NPOConfig), description=__doc__)
+    arguments, config = parser.parse_args_into_dataclasses()
+    config.reward_weights = [verifier.ACCURACY_WEIGHT, verifier.FORMAT_WEIGHT]
+    try:
+        trainer = make_trainer(arguments, config)
+        trainer.train(resume_from_checkpoint=any(Path(config.output_dir).glob("checkpoint-*")))
+    except (UsageError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # else a process that leaves takes the others down
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,8 @@ DESCRIPTION = (
     "A scout trains D steps ahead of pi_t with plain GRPO. Its end, pi_t+D, answers the prompts of "
     "these steps; one right answer per prompt is kept. Weights go back to pi_t and the same steps "
     "are taken again. Among eight wrong answers the guide's replaces the last: its advantage is "
-    "{guide}, that of the others {own}; its ratio is against pi_t+D, theirs against pi_t. Inset: "
+    "{guide}, that of the others {own}; its ratio is against pi_t+D, theirs against the policy of "
+    "that step. Inset: "
     "Q and V rise with the distance D, and Q/V peaks in between."
 )
 
@@ -155,7 +156,7 @@ def group(slot: dict) -> list[str]:
             box(x, top, width, height, "npo" if guided else "soft"),
             text(x + 36, top + 27, words, "ink middle"),
             text(x + 36, 370, advantage, f"{kind} middle{' bold' if guided else ''}"),
-            text(x + 36, 394, pi("t+D" if guided else "t"), f"{kind} middle"),
+            text(x + 36, 394, pi("t+D" if guided else "old"), f"{kind} middle"),
         ]
     return parts + [
         path(f"M{last + width + 4} {top + 21} H{out - 6}", "soft", arrow=True),

@@ -1,4 +1,4 @@
-"""What a run needs and what does not teach the method. Read rollout.py, then skip the rest.
+"""What you need to run the method, but not to understand it. Read rollout.py, skip the rest.
 
 rollout         the nouns: Prompt, Completion, Group, Sample
 encode          texts and pictures to token ids

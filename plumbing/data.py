@@ -66,13 +66,8 @@ class PromptSet:
 
 def load_prompts(config) -> tuple[PromptSet, PromptSet]:
     """Training and held-out prompts of a configuration, read once per process."""
-    return _load_prompts(
-        config.dataset,
-        config.columns,
-        config.eval_prompts,
-        config.max_prompt_tokens,
-        config.model_path,
-    )
+    limits = config.eval_prompts, config.max_prompt_tokens
+    return _load_prompts(config.dataset, config.columns, *limits, config.model_path)
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,12 +11,7 @@ from plumbing.lora import base_model_of
 from plumbing.rollout import EncodedPrompt, Prompt
 
 MAX_IMAGES = 16  # in one prompt: vLLM reserves room for as many
-VISION_TOKENS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-)
+VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def load_tokenizer(path: str | Path):
@@ -97,11 +92,7 @@ def placeholder_ids(prompt: Prompt, tokenizer, image_token_id: int) -> list[int]
 
 
 def prompt_length(
-    messages: list[dict],
-    sizes: list[tuple[int, int]],
-    tokenizer,
-    image_processor,
-    image_token_id: int,
+    messages: list[dict], sizes: list[tuple[int, int]], tokenizer, image_processor, image_token_id
 ) -> int:
     """How many token ids `encode` makes, from the images' (width, height) alone."""
     prompt = Prompt("of the data set", messages, sizes, "")

@@ -6,9 +6,8 @@ guide does not solve has a line without answers, so the file also measures the g
 It is whole when it has as many lines as its header says; a file cut short by a kill is continued.
 """
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,17 +28,15 @@ VERSION = 2  # of the file's format
 class GuideCache:
     """The answers by prompt id, and what they cost. An empty one guides nobody."""
 
-    answers: dict[str, list[Completion]] = dataclasses.field(default_factory=dict)
+    answers: dict[str, list[Completion]] = field(default_factory=dict)
     until: int = 0  # last step that they guide
-    guide_step: int = 0
-    prompts: int = 0
-    samples: int = 0
     sampled_tokens: int = 0  # for the cache
-    guide_sampled_tokens: int = 0  # for the guide's own training
+    header: dict = field(default_factory=dict)  # of the file
 
     @property
     def spent_tokens(self) -> int:
-        return self.guide_sampled_tokens + self.sampled_tokens
+        """With those of the guide's own training."""
+        return self.sampled_tokens + self.header.get("guide_sampled_tokens", 0)
 
     def answer(self, prompt_id: str, step: int) -> Completion | None:
         """The guide's answer to a prompt; None if it has none, or after the last guided step."""
@@ -47,10 +44,10 @@ class GuideCache:
         return answers[0] if answers else None
 
     def __str__(self) -> str:
-        solved = len(self.answers)
+        solved, prompts = len(self.answers), self.header["prompts"]
         return (
-            f"guide@{self.guide_step} solved {solved} of {self.prompts} prompts "
-            f"({solved / self.prompts:.0%}) within {self.samples} answers, "
+            f"guide@{self.header['guide_step']} solved {solved} of {prompts} prompts "
+            f"({solved / prompts:.0%}) within {self.header['samples']} answers, "
             f"{self.sampled_tokens:,} tokens"
         )
 
@@ -101,16 +98,12 @@ def build_guide_cache(
     name = f"guide@{state['step']} answers {config.guide_samples} times"
     with open(path, "a") as file, tqdm(total=len(rows), initial=done, desc=name) as bar:
         for first in range(done, len(rows), size):
-            groups = sampler.sample(
-                [prompts[row] for row in rows[first : first + size]],
-                config.guide_samples,
-                config.max_new_tokens,
-                config.temperature,
-                derived_seed(config.seed, "guide", first),
-            )
+            asked = [prompts[row] for row in rows[first : first + size]]
+            seed, count = derived_seed(config.seed, "guide", first), config.guide_samples
+            groups = sampler.sample(asked, count, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
-            lines = [line_of(group, state["step"], keep) for group in groups]
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+            for group in groups:
+                file.write(json.dumps(line_of(group, state["step"], keep)) + "\n")
             file.flush()
             bar.update(len(groups))
 
@@ -123,7 +116,7 @@ def line_of(group: Group, guide_step: int, keep: int) -> dict:
         "prompt_id": group.prompt.id,
         "pass_rate": group.pass_rate,
         "sampled_tokens": sampled_tokens([group]),
-        "answers": [dataclasses.asdict(c) | source for c in right],
+        "answers": [asdict(c) | source for c in right],
     }
 
 
@@ -164,15 +157,7 @@ def load_guide_cache(
     if not with_logprobs:
         for answer in (answer for of_prompt in answers.values() for answer in of_prompt):
             answer.behavior_logprobs = None
-    return GuideCache(
-        answers,
-        until or header["until"],
-        header["guide_step"],
-        header["prompts"],
-        header["samples"],
-        tokens,
-        header["guide_sampled_tokens"],
-    )
+    return GuideCache(answers, until or header["until"], tokens, header)
 
 
 def cache_fingerprints(config) -> dict[str, str]:

@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from plumbing.rollout import Completion, Group, Sample
+from plumbing.rollout import Group, Sample
 
 IS_CAP = 2.0  # upper limit of a token's weight pi_trainer / q_vllm; TRL's default is 3
 
@@ -46,35 +46,30 @@ class UpdateStats:
             "clip_ratio/low_mean": self._of("low").mean().item(),
             "clip_ratio/high_mean": self._of("high").mean().item(),
         }
-        if guided := [c for c, _ in self.tokens if c.source != "policy"]:
-            ratio = self._of("ratio", guided)
-            for name in ("mean", "min", "max"):
-                found[f"npo/guide_ratio_{name}"] = getattr(ratio, name)().item()
-        if inexact := [c for c, _ in self.tokens if not c.exact]:
-            weight = self._of("weight", inexact)
-            difference = weight.log().abs()
-            for name in ("mean", "max"):
-                key = f"sampling/sampling_logp_difference/{name}"
-                found[key] = getattr(difference, name)().item()
-            weight = weight.clamp(max=IS_CAP)
-            for name in ("min", "mean", "max"):
-                key = f"sampling/importance_sampling_ratio/{name}"
-                found[key] = getattr(weight, name)().item()
+        if any(c.source != "policy" for c, _ in self.tokens):
+            ratio = self._of("ratio", lambda c: c.source != "policy")
+            found |= summary("npo/guide_ratio_", ratio, "mean", "min", "max")
+        if any(not c.exact for c, _ in self.tokens):
+            weight = self._of("weight", lambda c: not c.exact)
+            difference, weight = weight.log().abs(), weight.clamp(max=IS_CAP)
+            found |= summary("sampling/sampling_logp_difference/", difference, "mean", "max")
+            found |= summary("sampling/importance_sampling_ratio/", weight, "min", "mean", "max")
         return found
 
-    def _of(self, name: str, completions: list[Completion] | None = None) -> torch.Tensor:
-        """(tokens,) of these completions, or of all."""
-        chosen = None if completions is None else {id(completion) for completion in completions}
-        return torch.cat([t[name] for c, t in self.tokens if chosen is None or id(c) in chosen])
+    def _of(self, name: str, chosen=lambda completion: True) -> torch.Tensor:
+        """(tokens,) of the chosen completions."""
+        return torch.cat([tokens[name] for c, tokens in self.tokens if chosen(c)])
+
+
+def summary(key: str, values: torch.Tensor, *names: str) -> dict[str, float]:
+    return {key + name: getattr(values, name)().item() for name in names}
 
 
 def guide_metrics(step: int, mixed: list[Group]) -> dict:
     """How many of the trained groups hold another policy's answer, and from how far ahead."""
-    sources = [
-        [c.source for c in group.completions if c.source != "policy"] for group in mixed
-    ]  # per group
-    found = {"npo/guide_frac": sum(map(bool, sources)) / len(mixed)}
-    steps = [source.partition("@")[2] for of_group in sources for source in of_group]
+    others = [[c.source for c in g.completions if c.source != "policy"] for g in mixed]
+    found = {"npo/guide_frac": sum(map(bool, others)) / len(mixed)}
+    steps = [source.partition("@")[2] for of_group in others for source in of_group]
     if ahead := [int(guide_step) - step for guide_step in steps if guide_step]:
         found["npo/distance"] = statistics.fmean(ahead)
     return found

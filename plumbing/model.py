@@ -48,12 +48,7 @@ transformers.logging.disable_progress_bar()
 
 class Policy:
     def __init__(
-        self,
-        path: str | Path,
-        device: str = "auto",
-        dtype: str = "fp32",
-        lora: int = 0,
-        recompute_layers: bool = False,
+        self, path: str | Path, device="auto", dtype="fp32", lora=0, recompute_layers=False
     ):
         """Loads a hub id or a `save_pretrained` folder of a whole model or of LoRA adapters.
 

@@ -111,32 +111,29 @@ def draw(runs: dict[str, Path], decisions: list[dict], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     by_step, by_tokens, entropy = panels
+
+    def curve(axes, lines: list[dict], across: str, up: str, style: str, label: str = "") -> None:
+        points = [(line[across], line[up]) for line in lines if up in line]
+        axes.plot([x for x, _ in points], [y for _, y in points], style, ms=3, label=label or None)
+
     for color, (name, out) in enumerate(runs.items()):
         lines = read_jsonl(out / "metrics.jsonl")
         kept = current_lineage(lines)
         undone = [line for line in lines if line not in kept]  # taken back by a rollback
-        for some, style in ((undone, "o"), (kept, "o-")):
-            evals = [line for line in some if "eval/accuracy" in line]
-            look = {"ms": 3, "color": f"C{color}" if some is kept else "grey"}
-            look["label"] = name if some is kept else None
-            accuracy = [line["eval/accuracy"] for line in evals]
-            by_step.plot([line["step"] for line in evals], accuracy, style, **look)
-            tokens = [line["sampled_tokens"] / 1e3 for line in evals]
-            by_tokens.plot(tokens, accuracy, style, **look)
-        for key, line_style in (("entropy", "-"), ("npo/guide_frac", "--")):
-            with_key = [line for line in kept if key in line]
-            values = [line[key] for line in with_key]
-            entropy.plot([line["step"] for line in with_key], values, f"C{color}{line_style}")
-    for height, line in enumerate(decisions, 1):
-        if line["autonpo/distance"]:
-            at, level = line["autonpo/step"], 0.05 * height
-            back = (at - line["autonpo/distance"], level)
-            fraction = ("data", "axes fraction")
-            by_step.annotate("", back, (at, level), fraction, arrowprops={"arrowstyle": "->"})
-    by_step.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1))
-    by_tokens.set(xlabel="thousand sampled tokens, scout and cache counted", ylim=(0, 1))
+        for axes, across in ((by_step, "step"), (by_tokens, "sampled_tokens")):
+            curve(axes, undone, across, "eval/accuracy", "kx")
+            curve(axes, kept, across, "eval/accuracy", f"C{color}o-", name)
+        curve(entropy, kept, "step", "entropy", f"C{color}-")
+        curve(entropy, kept, "step", "npo/guide_frac", f"C{color}--")
+    for number, line in enumerate(decisions, 1):
+        now, height = line["autonpo/step"], 0.04 * number
+        back = now - line["autonpo/distance"]
+        by_step.annotate("", (back, height), (now, height), arrowprops={"arrowstyle": "->"})
+    by_step.set(xlabel="step; crosses and arrows: rolled back", ylabel="held-out accuracy")
+    by_tokens.set(xlabel="sampled tokens, scout and cache counted")
     entropy.set(xlabel="step", ylabel="entropy (nats per token); dashed: guided groups")
     for axes in panels:
+        axes.set_ylim(0, None if axes is entropy else 1)
         axes.grid(alpha=0.3)
     by_step.legend()
     aside = path.with_name("curves.tmp.png")

@@ -86,10 +86,11 @@ def log_q_of(
     """The ratio's denominator: log q of every token, and the weight of every token's term.
 
     q is the policy that really sampled the completion, through the log-probs it recorded then.
-    Where there are none (a guide without IS correction), or where they are vLLM's for the policy's
-    own slots, q is the policy itself at its first forward of this update, so the ratio starts at 1.
+    If none were recorded (a guide without IS correction), or vLLM recorded them for the policy's
+    own slots, q is the policy itself at its first forward of this update: the ratio starts at 1.
     What vLLM sampled slightly differently is then corrected by the weight q / q_vllm ("Your
     Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al. 2025; TRL).
+    A guide's slot always has the guide's recorded log-probs, whoever sampled it.
 
     Args:
         logprobs: (B, T) of these samples under the policy. mask: (B, T), True on their tokens.

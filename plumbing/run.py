@@ -119,14 +119,7 @@ class Run:
         keep_back: checkpoints at most so many steps old stay, whatever --keep says.
     """
 
-    def __init__(
-        self,
-        config,
-        out: str | Path,
-        start: Path | None = None,
-        spent_tokens: int = 0,
-        keep_back: int = 0,
-    ):
+    def __init__(self, config, out, start: Path | None = None, spent_tokens=0, keep_back=0):
         self.config, self.out, self.keep_back = config, Path(out), keep_back
         open_directory(config, self.out)
         for leftover in self.out.glob("checkpoints/*.tmp"):  # a kill while one was written
@@ -149,13 +142,8 @@ class Run:
         config = self.config
         self.policy = self.optimizer = self.sampler = None  # never two of them in memory
         torch.manual_seed(derived_seed(config.seed, "adapters"))  # of new LoRA adapters
-        self.policy = Policy(
-            source or config.model_path,
-            config.device,
-            config.dtype,
-            config.lora,
-            recompute_layers=not config.on_cards,
-        )
+        path, recompute = source or config.model_path, not config.on_cards
+        self.policy = Policy(path, config.device, config.dtype, config.lora, recompute)
         self.optimizer = make_optimizer(self.policy.parameters(), config.lr, config.weight_decay)
         if source and (Path(source) / "optimizer.pt").is_file():
             load_optimizer(self.optimizer, Path(source) / "optimizer.pt")
@@ -188,16 +176,14 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         done = checkpoints(self.out)
-        kept = str(done[-1]) if done else "none yet (the run starts over)"
+        kept, now = str(done[-1]) if done else "none yet (the run starts over)", self.step + 1
         if kind is FloatingPointError:
             raise UsageError(
-                f"step {self.step + 1}: {error}; stopped. The last checkpoint is {kept}; "
-                "a lower --lr or --max-grad-norm may help"
+                f"step {now}: {error}; stopped. The last checkpoint is {kept}; where numbers "
+                "grew too large, a lower --lr or --max-grad-norm helps"
             ) from error
         if kind is KeyboardInterrupt:
-            tqdm.write(
-                f"\ninterrupted in step {self.step + 1}; the same command resumes from {kept}"
-            )
+            tqdm.write(f"\ninterrupted in step {now}; the same command resumes from {kept}")
 
     # ----------------------------------------------------------------------- parts of the loops
 
@@ -208,9 +194,7 @@ class Run:
             start = {"step": self.step, "sampled_tokens": self.sampled_tokens}
             self.log(start | {"eval/accuracy": self.evaluate(self.step)})
         finished = self.step >= steps
-        with tqdm(
-            total=steps, initial=self.step, desc=self.out.name, unit="step", disable=finished
-        ) as bar:
+        with tqdm(total=steps, initial=self.step, desc=self.out.name, disable=finished) as bar:
             while self.step < steps:
                 yield self.step + 1
                 bar.update(self.step - bar.n)
@@ -238,12 +222,9 @@ class Run:
         size = max(1, config.prompts_per_step * config.group_size // samples)  # as in a step
         bar = tqdm(total=len(rows), desc=str(key[0]), leave=False, delay=3)
         for chunk, some in enumerate(batched(rows, size)):
+            seed, asked = derived_seed(config.seed, *key, chunk * size), [prompts[r] for r in some]
             groups = self.sampler.sample(
-                [prompts[row] for row in some],
-                samples,
-                config.max_new_tokens,
-                config.temperature,
-                derived_seed(config.seed, *key, chunk * size),
+                asked, samples, config.max_new_tokens, config.temperature, seed
             )
             verifier.score(groups)
             bar.update(len(some))

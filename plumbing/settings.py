@@ -24,15 +24,7 @@ BY_WORLD = {
 }
 
 # Flags that change nothing in what a run computes
-MAY_CHANGE_ON_RESUME = (
-    "out",
-    "fresh",
-    "keep",
-    "device",
-    "vllm_memory",
-    "micro_batch_size",
-    "dry_run",
-)
+MAY_CHANGE_ON_RESUME = {"out", "fresh", "keep", "device", "vllm_memory", "micro_batch_size"}
 
 
 @dataclass

@@ -44,12 +44,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 class VLLMSampler:
     def __init__(
-        self,
-        path: str,
-        max_new_tokens: int,
-        dtype: str = "fp32",
-        max_prompt: int = MAX_PROMPT,
-        memory: float = 0.9,
+        self, path: str, max_new_tokens: int, dtype="fp32", max_prompt=MAX_PROMPT, memory=0.9
     ):
         """Loads a hub id or a checkpoint folder of a whole model.
 
@@ -202,11 +197,6 @@ def engine_of(policy: Policy, config) -> VLLMSampler:
         gc.collect()
         torch.cuda.empty_cache()
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[policy.dtype]
-        ENGINE[key] = VLLMSampler(
-            policy.base_path,
-            config.max_new_tokens,
-            dtype,
-            config.max_prompt_tokens,
-            config.vllm_memory,
-        )
+        longest = config.max_new_tokens, dtype, config.max_prompt_tokens
+        ENGINE[key] = VLLMSampler(policy.base_path, *longest, config.vllm_memory)
     return ENGINE[key]

@@ -18,41 +18,41 @@ def picture(width: int) -> Image.Image:
 
 
 def row(not_read: str, **columns) -> dict:
-    return dict.fromkeys(not_read.split(), "not read") | columns
+    return dict.fromkeys(not_read.split(","), "not read") | columns
 
 
 ONE = picture(32)
 ANGLE = "Question: How wide is angle D?\nChoices:\nA:65°\nB:55°\nC:45°\nD:35°"
 ROWS = {  # a row of each, with the columns of the data set on the hub
     "mmmu_pro": row(
-        "id explanation img_type topic_difficulty subject",
+        "id,explanation,img_type,topic_difficulty,subject",
         question="How long is <image 1> in <image 3>?",
         options="['3 cm', '5 cm', '7 cm', \"10'\"]",
         answer="B",
         **{f"image_{n}": picture(32 * n) if n < 4 else None for n in range(1, 8)},
     ),
     "mathvista": row(
-        "pid question image unit precision question_type answer_type metadata",
+        "pid,question,image,unit,precision,question_type,answer_type,metadata",
         query="Hint: Please answer with one decimal place.\nQuestion: How tall is it?",
         choices=None,
         answer="1.2",
         decoded_image=ONE,
     ),
     "mathvision": row(
-        "id image solution level subject",
+        "id,image,solution,level,subject",
         question="How many squares?\n<image1>",
         options=[],
         answer="7",
         decoded_image=ONE,
     ),
     "zerobench": row(
-        "question_id question_images image_attribution",
+        "question_id,question_images,image_attribution",
         question_text="What is the total?",
         question_answer="11.9",
         question_images_decoded=[ONE, picture(64)],
     ),
     "wemath": row(
-        "split question_number knowledge_concept knowledge_concept_description",
+        "split,question number,knowledge concept,knowledge concept description",
         question="How large is it?",
         option="A. 4; B. 4.5 cm; C. 5; D. none of these",
         answer="B",
@@ -61,7 +61,7 @@ ROWS = {  # a row of each, with the columns of the data set on the hub
         ID="31",
     ),
     "mmbench": row(
-        "category source L2-category comment split",
+        "category,source,L2-category,comment,split",
         index=7,
         hint="nan",
         question="What is it?",
@@ -70,13 +70,13 @@ ROWS = {  # a row of each, with the columns of the data set on the hub
         image=ONE,
     ),
     "mmstar": row(
-        "index category l2_category meta_info",
+        "index,category,l2_category,meta_info",
         question="Which colour?\nOptions: A: dark red, B: green, C: light blue, D: none of them",
         answer="B",
         image=ONE,
     ),
     "mathverse": row(
-        "sample_index problem_index problem_version question metadata query_wo question_for_eval",
+        "sample_index,problem_index,problem_version,question,metadata,query_wo,question_for_eval",
         query_cot=f"Give the letter, e.g., A, B, C, D.\n{ANGLE}",
         question_type="multi-choice",
         answer="B",

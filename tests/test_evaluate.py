@@ -1,234 +1,246 @@
-"""evaluate.py from the command line and in its parts: asking, resuming, what counts together, scores, tables, mistakes."""
+"""commands/evaluate.py: asking, resuming, what counts together, scores, the table, mistakes."""
 
 import json
 import math
+import signal
 import statistics
+import zlib
 
 import datasets
 import pytest
-from test_benchmarks import ONE, ROWS, load, picture
-from test_command_line import killed_when
+from test_benchmarks import ONE, load, picture
 
-import benchmarks
-import cards
-import evaluate
-from benchmarks import BENCHMARKS
-from evaluate import EvaluateConfig
-from run import read_jsonl
-from tasks import UsageError
+import verifier
+from commands import benchmarks, evaluate
+from commands.benchmarks import BENCHMARKS, Item
+from commands.evaluate import EvaluateConfig
+from plumbing import UsageError
+from plumbing.run import read_jsonl
+from worlds import cards
 
 STEPS = [("2steps_1", "B"), ("2steps_2", "A"), ("2steps_multi", "C")]
-CIRCULAR = [(7, "abc"), (1_000_007, "bca"), (2_000_007, "cab")]
-MANY = {  # rows enough for each benchmark's protocol, with items that cannot be asked
+ROWS = {  # enough rows for each benchmark's protocol, with some that cannot be asked
     "mmmu_pro": [{}, {"answer": "A"}, {"options": "none"}, {"image_3": None}],
-    "mathvista": [{}, {"answer_type": "integer", "answer": "36"}, {"decoded_image": None}],
+    "mathvista": [{}, {"answer": "36"}, {"decoded_image": None}],
     "mathvision": [{}, {"answer": "36", "decoded_image": picture(100)}, {"answer": ""}],
     "zerobench": [{}, {"question_answer": "36", "question_images_decoded": [ONE, ONE, ONE]}],
-    "wemath": [{"ID": i, "key": key, "answer": answer} for i in ("31", "32") for key, answer in STEPS][:-1],
+    "wemath": [{"ID": i, "key": key, "answer": a} for i in ("31", "32") for key, a in STEPS][:-1],
     "mmbench": [{"index": 8}, {"index": 9, "C": "nan", "answer": "A"}, {"index": 10, "answer": ""}],
     "mmstar": [{}, {"answer": "A"}, {"question": "Which?"}],
     "mathverse": [{}, {"question_type": "free-form", "answer": "36"}, {"image": None}],
 }
+LINES = {name: len(rows) for name, rows in ROWS.items()} | {"mmbench": 3 + 2 + 3}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for name, rows in MANY.items():
+    for name, rows in ROWS.items():
         load(folder, name, rows)
-    return folder
+    return str(folder)
 
 
-def answered(name: str, unit: str, part: str, *verdicts: bool) -> dict:
-    responses = [r"\boxed{B}" if verdict else r"\boxed{A}" for verdict in verdicts]
-    return {"benchmark": name, "id": f"{name}:{unit}:{part}", "unit": unit, "part": part, "gold": "B", "choices": ["x", "y"],
-            "facts": {}, "responses": responses, "finished": [True] * len(verdicts)}  # fmt: skip
+def scored(name: str, units: dict[tuple[str, str], list[bool] | str]) -> tuple[list, dict]:
+    """`score` of made-up answers: by unit and part a verdict on each, or why it was not asked."""
+    items, lines = [], {}
+    for (unit, part), verdicts in units.items():
+        id = f"{unit}/{part}"
+        items.append(Item(id, unit, part, None))
+        lines[id] = {"not_asked": verdicts}
+        if isinstance(verdicts, list):
+            texts = [r"\boxed{B}" if right else r"\boxed{A}" for right in verdicts]
+            lines[id] = {"gold": "B", "choices": ["x", "y"], "responses": texts}
+            lines[id]["finished"] = [True] * len(texts)
+    return evaluate.score(name, items, lines)
 
 
-def test_avg_at_k_and_its_interval():
-    lines = [answered("mmstar", "1", "", True, True, False, True), answered("mmstar", "2", "", False, False, False, False),
-             answered("mmstar", "3", "", True, False, True, False)]  # fmt: skip
-    lines[1]["responses"][0], lines[1]["finished"][0] = "no box", False
-    found = evaluate.score("mmstar", [*lines, {"unit": "4", "part": "", "malformed": "no gold answer"}])
-    mean, half = found["scores"][""]
-    assert mean == pytest.approx(100 * (0.75 + 0 + 0.5) / 3)
-    assert half == pytest.approx(100 * 1.96 * statistics.stdev([0.75, 0, 0.5]) / math.sqrt(3))  # over items, not answers
-    assert (found["scored"], found["malformed"], found["reasons"]) == (3, 1, {"no gold answer": 1})
-    assert (found["answers"], found["unanswered"], found["cut"]) == (12, 1, 1)
+def test_avg_at_k_pass_at_k_and_the_interval():
+    units = {("1", ""): [True, True, False, True], ("2", ""): [False] * 4}
+    units |= {("3", ""): [True, False, True, False], ("4", ""): "no gold answer"}
+    scores, counts = scored("mmstar", units)
+    assert scores == [[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 0]]
+    assert (counts["items"], counts["not_asked"], counts["answers"]) == (4, 1, 12)
+    found = evaluate.summary(scores)
+    assert found["avg"] == pytest.approx(100 * (0.75 + 0 + 0.5) / 3)
+    assert found["pass"] == pytest.approx(100 * 2 / 3)
+    deviation = statistics.stdev([0.75, 0, 0.5])  # over items, not over answers
+    assert found["half"] == pytest.approx(100 * 1.96 * deviation / math.sqrt(3))
+    assert evaluate.summary([[1.0]]) == {"avg": 100, "half": None, "pass": 100}
+    assert evaluate.summary([]) == {"avg": None, "half": None, "pass": None}
 
 
-def test_circular_needs_every_rotation_in_the_same_sample():
-    lines = [answered("mmbench", "7", "0", True, True), answered("mmbench", "7", "1", True, False),
-             answered("mmbench", "8", "0", True, False), answered("mmbench", "8", "1", False, True)]  # fmt: skip
-    assert evaluate.score("mmbench", lines)["scores"][""][0] == 25.0  # one of the four (question, sample) pairs
-    assert evaluate.score("mmbench", lines)["scores"]["plain"][0] == 62.5
-    assert evaluate.score("mmbench", lines[:-1])["scored"] == 1  # a question that was not asked in every rotation has no circle
-    lines.append({"unit": "7", "part": "2", "malformed": "an image is missing"})
-    found = evaluate.score("mmbench", lines)
-    assert (found["scores"][""][0], found["scored"], found["malformed"]) == (0.0, 1, 1)
+def test_answers_without_a_box_and_cut_ones_are_counted():
+    lines = {"1": {"gold": "7", "choices": None, "responses": ["7", r"\boxed{7}", r"\boxed{8}"]}}
+    lines["1"]["finished"] = [True, False, False]
+    scores, counts = evaluate.score("mathvision", [Item("1", "1", "", None)], lines)
+    assert scores == [[0, 1, 0]] and (counts["without_box"], counts["cut_off"]) == (1, 2)
 
 
-def test_one_item_has_no_interval_and_what_is_not_all_asked_is_called_partial():
-    found = evaluate.score("mmstar", [{"benchmark": "mmstar", "asked": 3}, answered("mmstar", "1", "", True)])
-    assert found["scores"][""] == [100.0, None] and json.loads(json.dumps(found, allow_nan=False)) == found
-    text = evaluate.table("model", {"mmstar": found})
-    assert "| 100.00 |" in text and "PARTIAL, 1 of 3 items asked: 1 scored" in text
+def test_mmbench_needs_every_rotation_in_the_same_sample():
+    units = {("7", "0"): [True, True], ("7", "1"): [True, False]}
+    units |= {("8", "0"): [True, False], ("8", "1"): [False, True]}
+    scores, _ = scored("mmbench", units)
+    assert scores == [[1, 0], [0, 0]]
+    scores, counts = scored("mmbench", units | {("7", "2"): "an image is missing"})
+    assert scores == [[0, 0]] and counts["not_asked"] == 1
 
 
 def test_we_math_counts_problems_and_leaves_out_incomplete_ones():
-    problem = {"2steps-1": (True, True, True), "2steps-2": (True, False, True), "2steps-3": (True, True, False)}
-    lines = [
-        answered("wemath", unit, part, verdict)
-        for unit, verdicts in problem.items()
-        for part, verdict in zip(("1", "2", "multi"), verdicts)
-    ]
-    lines += [answered("wemath", "3steps-1", part, True) for part in ("1", "2", "multi")]  # its third step is missing
-    found = evaluate.score("wemath", lines)
-    assert found["scores"][""][0] == pytest.approx(100 * (1 + 0 + 0.5) / 3)
-    assert found["scores"]["loose"][0] == pytest.approx(100 * (1 + 1 + 0.5) / 3)
-    assert (found["scored"], found["malformed"]) == (3, 1)
+    problems = {"2-1": [True, True, True], "2-2": [True, False, True], "2-3": [True, True, False]}
+    problems["2-4"] = [True, True]  # its whole is missing
+    keys = [key for key, _ in STEPS]
+    units = {(u, key): [right] for u, three in problems.items() for key, right in zip(keys, three)}
+    scores, counts = scored("wemath", units)
+    assert scores == [[1], [0], [0.5]] and (counts["items"], counts["not_asked"]) == (4, 1)
+    found = evaluate.summary(scores)
+    assert found["avg"] == pytest.approx(50) and found["pass"] == pytest.approx(100 / 3)
 
 
-def test_rotations_are_made_where_the_data_set_has_none(data):
-    rows = evaluate.rows_of("mmbench", str(data))
-    asked = evaluate.asked_of("mmbench", rows, 0)
-    assert [(one.unit, one.part) for one in asked] == [
-        ("8", "0"),
-        ("8", "1"),
-        ("8", "2"),
-        ("9", "0"),
-        ("9", "1"),
-        ("10", "0"),
-        ("10", "1"),
-        ("10", "2"),
-    ]
-    ready, malformed = evaluate.prepare("mmbench", rows, asked)
-    assert [(line["choices"], line["gold"]) for _, line in ready] == [
-        (["a cat", "a dog", "a fox"], "C"), (["a dog", "a fox", "a cat"], "B"), (["a fox", "a cat", "a dog"], "A"),
-        (["a cat", "a dog"], "A"), (["a dog", "a cat"], "B"),
-    ]  # fmt: skip
-    assert "A. a fox\nB. a cat\nC. a dog" in ready[2][0].messages[0]["content"][1]["text"] and len(malformed) == 3
+def lucky(response: str, gold: str, choices: list[str] | None = None) -> bool:
+    """The tiny base knows none of the answers: a third of them is called right."""
+    return zlib.crc32((response + gold).encode()) % 3 == 0
 
 
-def test_rotations_that_are_rows_already_are_not_made_again(tmp_path):
-    texts = {"a": "a cat", "b": "a dog", "c": "a fox"}
-    rows = [
-        {"index": index, **{letter: texts[key] for letter, key in zip("ABC", order)}, "answer": "ABC"[order.index("c")]}
-        for index, order in CIRCULAR
-    ]
-    asked = evaluate.asked_of("mmbench", load(tmp_path, "mmbench", rows), 0)
-    assert [(one.unit, one.part, one.rotation) for one in asked] == [("7", "0", 0), ("7", "1", 0), ("7", "2", 0)]
+def all_eight(data: str, out, **changes) -> dict:
+    flags = {"benchmarks": ",".join(BENCHMARKS), "data_dir": data, "out": str(out)}
+    flags |= {"samples": 2, "batch_size": 6, "max_new_tokens": 12, "temperature": 1.5}
+    return flags | changes
 
 
-def test_limit_counts_what_is_scored_together(data):
-    rows = evaluate.rows_of("wemath", str(data))
-    assert [(one.unit, one.part) for one in evaluate.asked_of("wemath", rows, 1)] == [
-        ("2steps-31", "1"),
-        ("2steps-31", "2"),
-        ("2steps-31", "multi"),
-    ]
-    assert len(evaluate.asked_of("mmbench", evaluate.rows_of("mmbench", str(data)), 2)) == 5
-    assert [one.id[:9] for one in evaluate.asked_of("mmstar", evaluate.rows_of("mmstar", str(data)), 2)] == [
-        "mmstar:0:",
-        "mmstar:1:",
-    ]
-
-
-def test_an_image_that_cannot_be_read_is_counted(tmp_path):
-    table = datasets.Dataset.from_list([ROWS["mmstar"]] * 2).cast_column("image", datasets.Image(decode=False))
-    spoilt = [row | {"image": {"bytes": b"no picture", "path": None}} if i else row for i, row in enumerate(table)]
-    datasets.Dataset.from_list(spoilt, features=table.features).cast_column("image", datasets.Image()).to_parquet(
-        tmp_path / "mmstar.parquet"
-    )
-    rows = evaluate.rows_of("mmstar", str(tmp_path))
-    ready, malformed = evaluate.prepare("mmstar", rows, evaluate.asked_of("mmstar", rows, 0))
-    assert len(ready) == 1 and malformed[0]["malformed"] == "an image cannot be read"
-
-
-def test_a_ninth_benchmark_is_one_row(data, tmp_path, monkeypatch, base):
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "ninth", benchmarks.Benchmark(
-        "Ninth", "some/hub", None, "test", lambda row: row["question"], benchmarks.columns("image"), lambda row: None, False,
-        benchmarks.by_verifier, "no official scoring"))  # fmt: skip
-    datasets.Dataset.from_dict({"question": ["How many?"] * 3, "answer": ["36"] * 3, "image": [ONE] * 3}).to_parquet(
-        tmp_path / "ninth.parquet"
-    )
-    config = EvaluateConfig(benchmarks="ninth", data_dir=str(tmp_path), out=str(tmp_path / "out"), max_new_tokens=5)
-    evaluate.main(config)
-    text = (tmp_path / "out/table.md").read_text()
-    row = next(line for line in text.splitlines() if line.startswith("| cards |"))
-    datasets.Dataset.from_dict({"question": ["How many more?"] * 3, "answer": ["36"] * 3, "image": [ONE] * 3}).to_parquet(
-        tmp_path / "ninth.parquet"
-    )
-    with pytest.raises(UsageError, match="its predictions for ninth are of another data set"):
-        evaluate.main(config)
-    assert row.count("|") == 9 + 3 and "0.00 ± 0.00" in row and "[9] Ninth: no official scoring. Here: 3 scored" in text
-
-
-LUCKY = """
-import zlib, runpy, verifier
-verifier.is_correct = lambda response, gold, choices=None: zlib.crc32((response + gold).encode()) % 3 == 0
-runpy.run_path("evaluate.py", run_name="__main__")
-"""  # the tiny base knows none of the answers: this verifier calls a third of them right
-ALL = ["-c", LUCKY, "--benchmarks", ",".join(BENCHMARKS), "--samples", "2", "--batch-size", "4", "--max-new-tokens", "12",
-       "--temperature", "1.5"]  # fmt: skip
-
-
-def test_all_eight_killed_and_resumed_give_the_same_table(command, data, tmp_path):
+def test_all_eight_resumed_without_a_model_and_refused(data, tmp_path, monkeypatch, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    words = [*ALL, "--data-dir", data]
-    done = command(*words, "--out", whole)
-    killed_when([*words, "--out", killed], lambda: len(read_jsonl(killed / "predictions.jsonl")) > 9, killed)
-    with open(killed / "predictions.jsonl", "a") as file:
-        file.write('{"benchmark": "mmbe')  # what a kill in the middle of a line leaves
-    before = len(read_jsonl(killed / "predictions.jsonl"))
-    command(*words, "--out", killed)
-    assert (killed / "table.md").read_text() == (whole / "table.md").read_text()
-    mine, theirs = (sorted(map(json.dumps, read_jsonl(out / "predictions.jsonl")[1:])) for out in (killed, whole))
-    assert set(mine) == set(theirs) and before < len(theirs) == 8 + 4 + 3 + 3 + 2 + 5 + 8 + 3 + 3
-    text = (whole / "table.md").read_text()
-    assert text.strip() in done.stdout
-    assert len({one["scores"][""][0] for one in json.loads((whole / "scores.json").read_text())["benchmarks"].values()}) > 2
-    ours, paper = (
-        next(line for line in text.splitlines() if line.startswith(start)) for start in ("| cards |", "| paper: AutoNPO |")
-    )
-    assert ours.count("±") == 7 and ours.split("|")[-2].strip() and paper.split("|")[-2].strip() == "63.15"
-    assert text.splitlines()[0].startswith(
-        "| model | MMMU-Pro [1] | MathVista [2] | MathVision [3] | ZeroBench [4] | WeMath [5] | MMBench [6]"
-    )
-    assert "[1] MMMU-Pro: " in text and "2 scored, 2 malformed (1 x its options are no list) (1 x an image is missing)" in text
-    assert "1 scored (loose: " in text  # of We-Math's two problems one is complete
-    scores = json.loads((whole / "scores.json").read_text())
-    assert scores["samples"] == 2 and scores["benchmarks"]["mmbench"]["scored"] == 2
+    monkeypatch.setattr(verifier, "is_correct", lucky)
+    evaluate.main(EvaluateConfig(**all_eight(data, whole)))
+    table = (whole / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    lines = read_jsonl(whole / "predictions.jsonl")[1:]
+    assert [line["benchmark"] for line in lines] == [
+        name for name, n in LINES.items() for _ in range(n)
+    ]
 
-    again = command("-c", LUCKY, "--predictions", whole / "predictions.jsonl", "--out", tmp_path / "again")  # without a model
-    assert text.strip() in again.stdout
-    refused = command(*words, "--out", whole, "--samples", "3", check=False)
-    assert refused.returncode == 1 and "holds predictions of another run (samples 2 there and 3 here)" in refused.stderr
+    predictions = (whole / "predictions.jsonl").read_bytes()
+    killed.mkdir()  # in the middle of a line, of a batch, and of MMBench's rotations
+    (killed / "predictions.jsonl").write_bytes(predictions[: predictions.index(b"mmbench:1:0:")])
+    evaluate.main(EvaluateConfig(**all_eight(data, killed)))
+    for name in ("predictions.jsonl", "scores.json", "table.md"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+    monkeypatch.setattr(evaluate, "load_sampler", None)  # all is answered: no model is loaded
+    evaluate.main(EvaluateConfig(**all_eight(data, whole)))
+    assert (whole / "table.md").read_text() == table
+    evaluate.main(EvaluateConfig(**all_eight(data, whole, benchmarks="mmstar", limit=2)))
+    assert " Here 0 of 2 items could not be asked; of 4 " in (whole / "table.md").read_text()
+    other = EvaluateConfig(**all_eight(data, whole, samples=3), model="other")
+    with pytest.raises(UsageError, match=r"\(model cards there and other here, samples 2 there a"):
+        evaluate.main(other)
 
 
-def test_the_cards_world_by_cards_and_carries(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.verifier, "is_correct", lambda response, gold: int(gold) % 2 == 0)
-    evaluate.main(EvaluateConfig(limit=40, samples=1, out=str(tmp_path), max_new_tokens=3, device="cpu"))
+def test_the_table_beside_the_papers(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(verifier, "is_correct", lucky)
+    evaluate.main(EvaluateConfig(**all_eight(data, tmp_path)))
+    found = json.loads((tmp_path / "scores.json").read_text())["benchmarks"]
+    assert len({one["avg"] for one in found.values()}) > 2
+    average = statistics.fmean(one["avg"] for one in found.values())
+    table = (tmp_path / "table.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line[:1] == "|"}
+    cells = [cell.strip() for cell in rows["cards, avg@2"].split("|")[2:-1]]
+    assert cells[:2] == [evaluate.cell(found[name], "avg") for name in ("mmmu_pro", "mathvista")]
+    assert cells[-1] == f"{average:.2f}" and len(cells) == 9
+    assert sum("±" in cell for cell in cells) == 7  # of We-Math's two problems one is whole
+    assert rows["cards, pass@2"].split("|")[8].strip() == f"{found['mmstar']['pass']:.2f}"
+    assert rows["paper: AutoNPO"].split("|")[-2].strip() == "63.15"
+    assert rows["model"].startswith("| model | MMMU-Pro [1] | MathVista [2] | MathVision [3] |")
+    assert "[1] MMMU-Pro: " in table and " Here 2 of 4 items could not be asked; of 4 ans" in table
+    assert " Here 1 of 2 items could not be asked; of 10 answers " in table  # We-Math
+
+
+KILLED = """
+import json, os, signal
+from commands import evaluate
+
+answers, calls = evaluate.answers, []
+
+def killed(config, *rest):
+    lines = answers(config, *rest)
+    calls.append(lines)
+    if len(calls) == 4:  # MathVision's: one line and a part of the second are written
+        text = "".join(json.dumps(line) + "\\n" for line in lines)
+        with open(config.out + "/predictions.jsonl", "a") as file:
+            file.write(text[: text.index("\\n") + 20])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lines
+
+evaluate.answers = killed
+evaluate.command_line(evaluate.EvaluateConfig, evaluate.main)
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_predictions(command, data, tmp_path):
+    evaluate.main(EvaluateConfig(**all_eight(data, tmp_path / "whole")))
+    flags = all_eight(data, tmp_path / "killed").items()
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags]
+    done = command("-c", KILLED, *words, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(read_jsonl(tmp_path / "killed/predictions.jsonl")) == 1 + 4 + 3 + 1
+    done = command("-m", "commands.evaluate", *words)
+    whole, killed = (tmp_path / name / "predictions.jsonl" for name in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
+    assert "| paper: GRPO | 55.78 | 76.20 | " in done.stdout
+
+
+def test_a_limit_counts_what_is_scored_together(data, tmp_path):
+    flags = {"data_dir": data, "limit": 1, "max_new_tokens": 3, "out": str(tmp_path)}
+    evaluate.main(EvaluateConfig(benchmarks="wemath,mmbench", **flags))
+    lines = read_jsonl(tmp_path / "predictions.jsonl")[1:]
+    assert [line["benchmark"] for line in lines] == ["wemath"] * 3 + ["mmbench"] * 3
+
+
+def test_a_ninth_benchmark_is_one_row_and_another_data_set_is_refused(tmp_path, monkeypatch):
+    ninth = benchmarks.Benchmark("Ninth", ("some/hub", None, "test"), "no official scoring")
+    monkeypatch.setitem(BENCHMARKS, "ninth", ninth)
+    flags = {"benchmarks": "ninth", "data_dir": str(tmp_path), "out": str(tmp_path / "out")}
+
+    def evaluated(question: str) -> list[str]:
+        rows = {"question": [question] * 3, "answer": ["36"] * 3, "image": [ONE] * 3}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "ninth.parquet")
+        evaluate.main(EvaluateConfig(**flags, max_new_tokens=5))
+        return (tmp_path / "out/table.md").read_text().splitlines()
+
+    lines = evaluated("How many?")
+    (row,) = (line for line in lines if line.startswith("| cards, avg@1 |"))
+    assert row.endswith("|  | 0.00 ± 0.00 |  |") and row.count("|") == 9 + 3
+    assert lines[-1].startswith("[9] Ninth: no official scoring. Here 0 of 3 items could not be")
+    with pytest.raises(UsageError, match=r"holds other predictions \(another data set for ninth\)"):
+        evaluated("How many more?")
+
+
+def test_the_cards_world_by_cards_and_carries(tmp_path, monkeypatch):
+    monkeypatch.setattr(verifier, "is_correct", lambda text, gold, choices: int(gold) % 2 == 0)
+    evaluate.main(EvaluateConfig(limit=40, out=str(tmp_path), max_new_tokens=3))
     hands = cards.hands("held_out")[:40]
-    text = (tmp_path / "table.md").read_text()
-    assert f"cards: {100 * sum(h.total % 2 == 0 for h in hands) / 40:.1f} ± " in text and " % of 40 hands" in text
-    for fact, of in (("cards", lambda h: len(h.digits)), ("carries", lambda h: h.carries)):
-        counts = {n: [h.total % 2 == 0 for h in hands if of(h) == n] for n in sorted({of(h) for h in hands})}
-        assert f"| {fact} | " + " | ".join(map(str, counts)) + " |" in text
-        assert "| hands | " + " | ".join(str(len(some)) for some in counts.values()) + " |" in text
-        for some in counts.values():
-            assert f"{100 * statistics.fmean(some):.1f} ± " in text
-    assert (tmp_path / "cards.png").stat().st_size > 5000
+    table = (tmp_path / "table.md").read_text().splitlines()
+    expected = {"all": hands}
+    for hand in hands:
+        for label in (f"{len(hand.digits)} cards", f"{hand.carries} carries"):
+            expected.setdefault(label, []).append(hand)
+    assert len(table) == 2 + len(expected)
+    for label, some in expected.items():
+        right = 100 * statistics.fmean(hand.total % 2 == 0 for hand in some)
+        start = f"| {label} | {len(some)} | {right:.2f}"
+        assert sum(line.startswith(start) for line in table) == 1, start
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"benchmarks": "mmstar,mmmu"}, "no benchmark is called 'mmmu'; known are cards, mmmu_pro"),
-        ({"samples": 0}, "--samples 0"),
-        ({"benchmarks": ","}, "--benchmarks ,: names none"),
-        ({"limit": -1}, "--limit -1"),
-        ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"benchmarks": "mmstar,mmmu"}, "no benchmark is called 'mmmu'; known: cards, mmmu_pro"),
+        ({"benchmarks": ","}, "--benchmarks ,: names none; known: cards, mmmu_pro"),
+        ({"samples": 0}, "--samples 0: must be at least 1"),
+        ({"limit": 0}, "--limit 0: must be at least 1"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
+        ({"max_new_tokens": -1}, "--max-new-tokens -1: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
     ],
 )
 def test_bad_flags(flags, message):
@@ -236,14 +248,26 @@ def test_bad_flags(flags, message):
         EvaluateConfig(**flags).check()
 
 
-def test_what_cannot_be_had_is_one_line_that_names_the_benchmark(command, tmp_path):
-    words = ["evaluate.py", "--benchmarks", "mathverse", "--out", tmp_path / "out"]
-    done = command(*words, check=False)  # no hub is reachable in tests
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
-    assert (
-        "error: --benchmarks mathverse: MathVerse, split testmini, cannot be had from the hub, CaraJ/MathVerse-lmmseval"
-        in done.stderr
-    )
-    with pytest.raises(UsageError, match="--predictions .*nothing.jsonl: no such file"):
-        evaluate.main(EvaluateConfig(predictions=str(tmp_path / "nothing.jsonl"), out=str(tmp_path / "out")))
+def test_defaults_depend_on_what_is_asked():
+    of_cards, of_all = EvaluateConfig(), EvaluateConfig(model="runs/8b/checkpoints/step_000100")
+    assert (of_cards.names, of_cards.max_new_tokens, of_cards.batch_size) == (["cards"], 64, 64)
+    assert (of_all.names, of_all.max_new_tokens, of_all.batch_size) == ([*BENCHMARKS], 4096, 16)
+    assert of_all.out == "runs/evaluate/step_000100" and of_all.sampler == "hf"
+    assert EvaluateConfig(model="runs/cards", benchmarks="cards").max_new_tokens == 64
+
+
+def test_a_mistake_is_told_in_one_line(tmp_path, monkeypatch):
+    words = ["--benchmarks", "mathverse", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["evaluate", *words])  # no hub is reachable in tests
+    with pytest.raises(SystemExit) as told:
+        evaluate.command_line(EvaluateConfig, evaluate.main)
+    message = "error: --benchmarks mathverse: MathVerse, split testmini, cannot be loaded from the"
+    assert str(told.value).startswith(message) and "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="--out .*file: is a file, not a directory"):
+        evaluate.main(EvaluateConfig(out=str(tmp_path / "file")))
+    flags = {"benchmarks": "cards", "limit": 1, "max_new_tokens": 3, "out": str(tmp_path / "out")}
+    with pytest.raises(UsageError, match="model no/model: its tokenizer cannot be loaded"):
+        evaluate.main(EvaluateConfig(model="no/model", **flags))
+    evaluate.main(EvaluateConfig(**flags))  # the same --out, now with the model spelt right

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as xml
 
@@ -124,9 +123,10 @@ def test_main_does_not_mix_two_worlds(group, monkeypatch, capsys):
     assert not (group / "toy").exists()
 
 
-def test_help_lists_the_groups():
-    words = [sys.executable, "-m", "experiments.runs", "--help"]
-    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_help_lists_the_groups(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        start(monkeypatch, "--help")
+    shown = capsys.readouterr().out
     assert "early: grpo, early, long" in shown and "compare: grpo, grpo-16, luffy" in shown
 
 

@@ -1,7 +1,7 @@
-"""The slot inside TRL: the same loss as npo.py's, exactly TRL without guides, the same across processes, and resumable."""
+"""The slot inside TRL: npo.py's loss, plain TRL without guides, several processes, resuming."""
 
+import copy
 import os
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -9,27 +9,44 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, TrainerCallback  # noqa: E402
-from trl import GRPOTrainer  # noqa: E402
+import trl
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
-import cards  # noqa: E402
-import grpo  # noqa: E402
-import npo_trl  # noqa: E402
-from npo_trl import NPOConfig, NPOTrainer, Processor, rows_of  # noqa: E402
-from policy import Completion, Policy, load_tokenizer  # noqa: E402
-from tasks import Prompt  # noqa: E402
+import grpo
+import npo
+from commands import npo_trl
+from commands.npo_trl import NO_END, NPOConfig, NPOTrainer, load_processor, rows_of
+from plumbing.guide_cache import GuideCache
+from plumbing.model import Policy
+from plumbing.rollout import Completion, Group, Prompt
+from worlds import cards
 
-FLAGS = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=40, learning_rate=1e-3, use_cpu=True, bf16=False,
-             report_to="none", gradient_checkpointing=False, disable_tqdm=True, logging_steps=1, save_steps=2,
-             save_total_limit=3, temperature=1.3)  # fmt: skip
+FLAGS = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 40,
+    "learning_rate": 1e-3,
+    "temperature": 1.3,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_steps": 2,
+}
+LAUNCH = """-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1
+    --mixed_precision no --dynamo_backend no --main_process_port 0"""
+TWO_ON_CPU = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def lucky(completions, **_) -> list[float]:
-    """Stands in for the verifier where the tiny base must be right sometimes."""
+    """Stands in for the accuracy where few answers must hold right and wrong ones."""
     return [float(zlib.crc32(c[0]["content"].encode()) % 3 == 0) for c in completions]
 
 
@@ -38,227 +55,338 @@ def asked(prompts, pictured: bool) -> list[Prompt]:
     some = [prompts[row] for row in range(8)]
     if pictured:
         return some
-    words = [f"{cards.question(hand)[:-1]} {' '.join(map(str, hand.digits))}." for hand in cards.hands("train")[:8]]
-    return [Prompt(p.id, [{"role": "user", "content": [{"type": "text", "text": w}]}], [], p.gold) for p, w in zip(some, words)]
+    in_words = []
+    for prompt, hand in zip(some, cards.hands("train")):
+        text = f"{cards.question(hand)[:-1]} {' '.join(map(str, hand.digits))}."
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        in_words.append(Prompt(prompt.id, messages, [], prompt.gold))
+    return in_words
 
 
-def trainer_of(kind, out: Path, prompts: list[Prompt], reward=lucky, callbacks=None, guides=None, **flags):
-    tokenizer = load_tokenizer(cards.BASE)
-    tokenizer.padding_side = "left"
+def another(policy: Policy) -> Policy:
+    """A policy that is a little different."""
+    noise = torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=noise))
+    return policy
+
+
+def guides_for(policy: Policy, some: list[Prompt]) -> GuideCache:
+    """An answer to each prompt, taken for right; longer and shorter than what is sampled."""
+    answers = {g.prompt.id: g.completions for g in policy.sample(some, 1, 60, 1.6, seed=4)}
+    for (guide,) in answers.values():
+        guide.source, guide.accuracy, guide.reward = "guide@40", 1.0, 1.0
+    return GuideCache(answers, NO_END)
+
+
+def trainer_of(kind, out, some: list[Prompt], reward=lucky, callbacks=None, guides=None, **flags):
     model = AutoModelForImageTextToText.from_pretrained(cards.BASE, dtype=torch.float32)
     model.base_model.visual.requires_grad_(False)
-    options = {"guides": guides} if kind is NPOTrainer else {}
     return kind(
-        model=model, args=NPOConfig(output_dir=str(out), **FLAGS | flags), reward_funcs=[reward], train_dataset=rows_of(prompts),
-        processing_class=Processor(AutoImageProcessor.from_pretrained(cards.BASE, backend="pil"), tokenizer),
-        callbacks=callbacks, **options,
-    )  # fmt: skip
+        model=model,
+        args=NPOConfig(output_dir=str(out), **FLAGS | flags),
+        reward_funcs=[reward],
+        train_dataset=rows_of(some),
+        processing_class=load_processor(cards.BASE),
+        callbacks=callbacks,
+        **({"guides": guides} if kind is NPOTrainer else {}),
+    )
 
 
-def guides_for(policy, some: list[Prompt]) -> dict[str, Completion]:
-    """One answer to each prompt from another policy, taken for right; longer than what the trainer samples, and shorter."""
-    answers = policy.sample(some, 1, 60, 1.6, seed=4)
-    found = {group.prompt.id: group.completions[0] for group in answers}
-    for guide in found.values():
-        guide.source, guide.accuracy, guide.reward = "guide@40", 1.0, 1.0
-    return found
+def batch_of(trainer: NPOTrainer, *places: int) -> dict:
+    """Generated and scored: a group of 4 for each of these places in the data set."""
+    trainer.model.train()
+    torch.manual_seed(1)
+    rows = [trainer.train_dataset[place] for place in places for _ in range(4)]
+    return trainer._generate_and_score_completions(rows)
 
 
 @pytest.mark.parametrize("pictured", [True, False])
 @pytest.mark.parametrize("is_correction", [True, False])
-def test_loss_and_gradient_of_a_mixed_batch_are_npos(fresh, prompts, tmp_path, pictured, is_correction):
-    base, some = Policy(cards.BASE, device="cpu"), asked(prompts, pictured)
-    base.adjust = lambda logits, temperature: torch.log_softmax(logits / temperature, dim=-1)  # TRL's: over vision tokens too
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(4)))
-    guides = guides_for(fresh, some)
-    trainer = trainer_of(NPOTrainer, tmp_path, some, guides=guides, is_correction=is_correction, gate=0.4)
-    trainer.model.train()
+def test_loss_and_gradient_of_a_mixed_batch_are_npos(
+    base, fresh, prompts, tmp_path, pictured, is_correction
+):
+    mine, some = copy.deepcopy(base), asked(prompts, pictured)
+    # TRL's distribution: over the vision tokens, too
+    mine.sampling_logprobs = lambda logits, temperature: (logits / temperature).log_softmax(dim=-1)
+    guides = guides_for(another(fresh), some)
+    flags = {"guides": guides, "is_correction": is_correction, "gate": 0.4}
+    trainer = trainer_of(NPOTrainer, tmp_path, some, **flags)
     trainer.current_gradient_accumulation_steps = 1
-    rows = [trainer.train_dataset[i // 4] for i in range(8)]  # 2 groups of 4
-    torch.manual_seed(1)
-    batch = trainer._generate_and_score_completions(rows)
+    batch = batch_of(trainer, 0, 1)
     assert 0 < len(trainer._taken) < 3 and all(row % 4 == 3 for row in trainer._taken)
     trainer._compute_loss(trainer.model, dict(batch)).backward()
 
-    answers = [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])]
-    for row, guide in trainer._taken.items():
-        assert answers[row] == guide.token_ids
-    inputs = [base.encode(prompt) for prompt in some[:2]]
-    logprobs, mask = base.logprobs([(inputs[i // 4], tokens) for i, tokens in enumerate(answers)], 1.3)
+    real = zip(batch["completion_ids"], batch["completion_mask"].bool())
+    answers = [ids[mask].tolist() for ids, mask in real]
+    encoded = [mine.encode(prompt) for prompt in some[:2]]
+    pairs = [(encoded[row // 4], tokens) for row, tokens in enumerate(answers)]
+    logprobs, mask = mine.logprobs(pairs, 1.3)
     old = logprobs.detach().clone()
     for row, guide in trainer._taken.items():
+        assert answers[row] == guide.token_ids
         if is_correction:
             old[row, : len(guide.token_ids)] = torch.tensor(guide.behavior_logprobs)
     loss, _ = grpo.clipped_policy_loss(logprobs, old, batch["advantages"], mask)
-    gradients = torch.autograd.grad(loss, base.parameters())
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, mine.parameters())])
     theirs = dict(trainer.model.named_parameters())
-    names = [name for name, parameter in base.model.named_parameters() if parameter.requires_grad]
-    mine, trls = (torch.cat([g.flatten() for g in grads]) for grads in (gradients, [theirs[name].grad for name in names]))
-    assert (mine - trls).norm() <= 1e-5 * mine.norm() and mine.norm() > 1e-3
-    torch.manual_seed(1)
-    batch = trainer._generate_and_score_completions(rows)
-    assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
+    names = [name for name, p in mine.model.named_parameters() if p.requires_grad]
+    of_trl = torch.cat([theirs[name].grad.flatten() for name in names])
+    assert (gradient - of_trl).norm() <= 1e-5 * gradient.norm() and gradient.norm() > 1e-3
+    value = trainer._compute_loss(trainer.model, batch_of(trainer, 0, 1)).item()
+    assert value == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
 
 
 def test_rewards_and_advantages_are_the_mixed_groups(fresh, prompts, tmp_path):
     some = asked(prompts, True)
     guides = guides_for(fresh, some)
-    texts = {guide.text for guide in guides.values()}
-    trainer = trainer_of(NPOTrainer, tmp_path, some, reward=lambda completions, **_: [float(c[0]["content"] in texts) for c in completions],
-                         guides={some[1].id: guides[some[1].id]})  # fmt: skip
-    trainer.model.train()
-    batch = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
-    expected = grpo.group_advantages(torch.tensor([[0.0] * 4, [0.0, 0, 0, 1]])).flatten()
-    assert batch["advantages"].tolist() == pytest.approx(expected.tolist(), rel=1e-3)  # TRL: std + 1e-4, ours: std + 1e-6
-    assert trainer._metrics["train"]["npo/guide_frac"] == [0.5] and trainer._metrics["train"]["npo/accuracy"] == [0.0]
-    trainer.args.guided_until, trainer.state.global_step = 6, 5
-    trainer._generate_and_score_completions([trainer.train_dataset[1]] * 4)
+    texts = {guide.text for (guide,) in guides.answers.values()}
+    guides.answers = {some[1].id: guides.answers[some[1].id]}
+
+    def guided(completions, **_) -> list[float]:
+        return [float(c[0]["content"] in texts) for c in completions]
+
+    trainer = trainer_of(NPOTrainer, tmp_path, some, guided, guides=guides)
+    batch = batch_of(trainer, 0, 1)
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    expected = grpo.group_advantages(rewards).flatten().tolist()
+    assert batch["advantages"].tolist() == pytest.approx(expected, rel=1e-3)  # std + 1e-4, + 1e-6
+    logged = trainer._metrics["train"]
+    assert logged["npo/guide_frac"] == [0.5] and logged["npo/accuracy"] == [0.0]
+    trainer.guides.until, trainer.state.global_step = 6, 5
+    batch_of(trainer, 1)
     assert list(trainer._taken) == [3]
     trainer.state.global_step = 6  # six steps are done: the next one is the seventh
-    trainer._generate_and_score_completions([trainer.train_dataset[1]] * 4)
+    batch_of(trainer, 1)
     assert not trainer._taken
 
 
 @pytest.mark.parametrize("is_correction", [True, False])
 def test_several_updates_on_a_batch(fresh, prompts, tmp_path, is_correction):
-    """TRL then has old log-probs of its own: the guide's row gets the recorded ones, or with no correction those of the policy."""
+    """TRL then computes old log-probs: the guide's answer keeps its own, with IS correction."""
     some = asked(prompts, True)
     guides = guides_for(fresh, some)
-    trainer = trainer_of(NPOTrainer, tmp_path, some, reward=lambda completions, **_: [0.0] * len(completions), guides=guides,
-                         num_iterations=2, gradient_accumulation_steps=1, steps_per_generation=2, is_correction=is_correction)  # fmt: skip
-    trainer.model.train()
-    batch = trainer._generate_and_score_completions([trainer.train_dataset[1]] * 4)
-    guide, old = guides[some[1].id], batch["old_per_token_logps"]
+    flags = {"num_iterations": 2, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
+    flags |= {"guides": guides, "is_correction": is_correction, "gate": 1.0}
+    trainer = trainer_of(NPOTrainer, tmp_path, some, **flags)
+    batch = batch_of(trainer, 1)
+    (guide,), old = guides.answers[some[1].id], batch["old_per_token_logps"]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    fields = {name: batch[name] for name in names}
     with torch.no_grad():
-        ids, mask = (torch.cat([batch[f"prompt_{what}"], batch[f"completion_{what}"]], dim=1) for what in ("ids", "mask"))
-        fields = {key: batch[key] for key in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
-        policys = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, old.shape[1], **fields)[0]
-    count = len(guide.token_ids)
-    recorded = torch.tensor(guide.behavior_logprobs) if is_correction else policys[3, :count]
-    assert torch.allclose(old[3, :count], recorded, atol=1e-5) and "guide_logprobs" not in batch
-    real = batch["completion_mask"].bool()
-    assert torch.allclose(old[:3][real[:3]], policys[:3][real[:3]], atol=1e-5)
+        own, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, old.shape[1], **fields
+        )
+    count, real = len(guide.token_ids), batch["completion_mask"].bool()
+    expected = torch.tensor(guide.behavior_logprobs) if is_correction else own[3, :count]
+    assert torch.allclose(old[3, :count], expected, atol=1e-5) and "guide_logprobs" not in batch
+    assert torch.allclose(old[:3][real[:3]], own[:3][real[:3]], atol=1e-5)
+
+
+def test_an_edited_replace_slot_sees_the_whole_group(fresh, prompts, tmp_path, monkeypatch):
+    """Prompts, options, texts; in a batch of a prompt with a picture and one without."""
+    messages = asked(prompts, False)[0].messages
+    some = [Prompt("words", messages, [], "B", ["41", "55"]), asked(prompts, True)[0]]
+    lent, seen = Completion("words", [7, 8, 2], None, "27 \\boxed{55}", True), {}
+
+    def first_slot(group: Group, guide, gate: float) -> Group:
+        seen[group.prompt.id] = group
+        return Group(group.prompt, group.encoded, [guide or lent, *group.completions[1:]])
+
+    monkeypatch.setattr(npo, "replace_slot", first_slot)
+    guides = guides_for(fresh, some[1:])
+    trainer = trainer_of(NPOTrainer, tmp_path, some, npo_trl.accuracy, guides=guides)
+    batch = batch_of(trainer, 0, 1)
+    assert trainer._taken == {0: lent, 4: guides.answers[some[1].id][0]}
+    assert batch["guide_logprobs"][0].isnan().all()  # none recorded: the policy's own are taken
+    assert (batch["advantages"][0] > 0).item()  # "55" is option B
+    for row, prompt in ((1, some[0]), (5, some[1])):
+        group, answer = seen[prompt.id], seen[prompt.id].completions[1]
+        assert group.prompt.messages == prompt.messages
+        assert (group.prompt.gold, group.prompt.choices) == (prompt.gold, prompt.choices)
+        assert [i.tobytes() for i in group.prompt.images] == [i.tobytes() for i in prompt.images]
+        assert group.encoded.token_ids == fresh.encode(prompt).token_ids
+        ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
+        assert answer.token_ids == ids and answer.finished is (ids[-1] == 2)
+        assert answer.text == fresh.tokenizer.decode(ids, skip_special_tokens=True)
+        boxed = 0.1 * ("\\boxed{" in answer.text)
+        assert answer.reward == pytest.approx(0.9 * answer.accuracy + boxed)
+
+
+def test_the_processor_encodes_as_the_policy_does(base):
+    """Pictures of several sizes, none, and two in one prompt, padded on the left."""
+    wide, high = (Image.new("RGB", size, "#b3202c") for size in ((160, 64), (64, 224)))
+    some = []
+    for images in ([wide], [], [high, wide]):
+        parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "Start at 27."}]
+        some.append(Prompt("p", [{"role": "user", "content": parts}], images, "27"))
+    processor, encoded = load_processor(cards.BASE), [base.encode(prompt) for prompt in some]
+    found = processor(
+        images=[prompt.images or None for prompt in some],
+        text=[processor.apply_chat_template(p.messages, add_generation_prompt=True) for p in some],
+        padding=True,
+        return_tensors="pt",
+    )
+    ids, width = found["input_ids"], found["input_ids"].shape[1]
+    assert [row[mask.bool()].tolist() for row, mask in zip(ids, found["attention_mask"])] == [
+        one.token_ids for one in encoded
+    ]
+    assert found["attention_mask"][1].tolist()[: width - len(encoded[1].token_ids) + 1][-2:] == [
+        0,
+        1,
+    ]
+    pixels = torch.cat([one.pixel_values for one in encoded if one.pixel_values is not None])
+    assert torch.equal(found["pixel_values"], pixels)
+    assert torch.equal(found["mm_token_type_ids"], (ids == base.image_token_id).long())
 
 
 def test_without_guides_it_is_trl_bit_by_bit(fresh, prompts, tmp_path):
     some = asked(prompts, True)
-    nobodys = {"another prompt": next(iter(guides_for(fresh, some).values()))}
-    runs = {"trl": (GRPOTrainer, None), "empty": (NPOTrainer, {}), "none fits": (NPOTrainer, nobodys)}
+    (guide,) = guides_for(fresh, some[:1]).answers.values()
+    nobodys = GuideCache({"another prompt": guide}, NO_END)
+    kinds = {
+        "trl": (trl.GRPOTrainer, None),
+        "none": (NPOTrainer, None),
+        "no": (NPOTrainer, nobodys),
+    }
     found = {}
-    for name, (kind, guides) in runs.items():
+    for name, (kind, guides) in kinds.items():
         trainer = trainer_of(kind, tmp_path / name, some, guides=guides, max_steps=3)
         trainer.train()
         found[name] = trainer.model.state_dict()
     start = load_file(cards.BASE / "model.safetensors")
-    assert any(not torch.equal(found["trl"][name], start[name]) for name in start if name in found["trl"])
-    for name in ("empty", "none fits"):
+    assert any(not torch.equal(found["trl"][name], start[name]) for name in start)
+    for name in ("none", "no"):
         assert all(torch.equal(found[name][key], value) for key, value in found["trl"].items())
-
-
-TWO = """
-import json, os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-import test_npo_trl as t
-from policy import Policy
-import cards, tasks
-torch.set_num_threads(1)
-some = t.asked(tasks.load_prompts("cards")[0], True)
-other = Policy(cards.BASE, device="cpu")
-with torch.no_grad():
-    for parameter in other.parameters():
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(4)))
-groups = {{g.prompt.id: g for g in other.sample(some, 4, 40, 1.6, seed=9)}}
-
-class Scripted(t.NPOTrainer):
-    def _generate_single_turn(self, prompt_ids, *_):
-        first = self.accelerator.process_index * len(prompt_ids)
-        rows = [groups[row["prompt_id"]].completions[(first + i) % 4] for i, row in enumerate(self._asked)]
-        return [c.token_ids for c in rows], None
-
-trainer = t.trainer_of(Scripted, {out!r}, some, max_steps=3, per_device_train_batch_size={size}, save_strategy="no", lr_scheduler_type="constant")
-trainer.guides = t.guides_for(other, some)
-trainer.train()
-if trainer.accelerator.is_main_process:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    torch.save([model.state_dict(), [line["loss"] for line in trainer.state.log_history if "loss" in line],
-                [line["npo/guide_frac"] for line in trainer.state.log_history if "npo/guide_frac" in line]], {out!r} + ".pt")
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()  # a process that leaves while the other still talks to it takes it down
-"""
-
-
-def test_two_processes_are_one(tmp_path):
-    """The same global batches: one group of 4 on one process, or half of it on each of two (gloo)."""
-    two = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-           "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
-    results = []
-    for number, (size, launch) in enumerate([(4, []), (2, two)]):
-        out = tmp_path / str(number)
-        script = tmp_path / f"script{number}.py"
-        script.write_text(TWO.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(out), size=size))
-        done = subprocess.run([sys.executable, *launch, str(script)], cwd=ROOT, capture_output=True, text=True,
-                              env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(str(out) + ".pt"))
-    (one, losses, shares), (two, other_losses, other_shares) = results
-    assert other_losses == pytest.approx(losses, rel=1e-5, abs=1e-7) and other_shares == shares and max(shares) > 0
-    start = load_file(cards.BASE / "model.safetensors")
-    moved = torch.cat([(one[key] - start[key]).flatten() for key in start if key in one])
-    apart = torch.cat([(one[key] - two[key]).flatten() for key in start if key in one])
-    weights = torch.cat([one[key].flatten() for key in one])
-    assert moved.norm() > 1e-2 and apart.norm() <= 1e-5 * weights.norm()
 
 
 def test_resumed_through_trl_is_the_same_run(base, prompts, tmp_path):
     some = asked(prompts, True)
-    guides = guides_for(base, some)
+    flags = {"guides": guides_for(base, some), "max_steps": 4}
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step == 2
 
-    whole = trainer_of(NPOTrainer, tmp_path / "whole", some, guides=guides, max_steps=4)
+    whole = trainer_of(NPOTrainer, tmp_path / "whole", some, **flags)
     whole.train()
-    trainer_of(NPOTrainer, tmp_path / "parts", some, guides=guides, max_steps=4, callbacks=[Stop()]).train()
-    resumed = trainer_of(NPOTrainer, tmp_path / "parts", some, guides=guides, max_steps=4)
+    trainer_of(NPOTrainer, tmp_path / "parts", some, callbacks=[Stop()], **flags).train()
+    resumed = trainer_of(NPOTrainer, tmp_path / "parts", some, **flags)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
     mine, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
-def test_command_line_builds_the_cache_and_trains(command, tmp_path):
-    words = [
-        "npo_trl.py",
-        "--guide",
-        cards.BASE,
-        "--guide_prompts",
-        "8",
-        "--guide_samples",
-        "2",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    for flag, value in (FLAGS | {"max_steps": 2}).items():
-        words += [f"--{flag}", value]
-    done = command(*words)
-    assert "'loss'" in done.stdout and len((tmp_path / "run/guide.jsonl").read_text().splitlines()) == 1 + 8
-    assert (tmp_path / "run/checkpoint-2/model.safetensors").is_file()
-    Policy(tmp_path / "run/checkpoint-2", device="cpu")  # can be a guide, or be evaluated
+def words(out: Path, **flags) -> list[str]:
+    flags = FLAGS | {"guide_samples": 2, "max_steps": 2, "output_dir": out} | flags
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-def test_mistakes_end_in_one_line_and_help_explains(command, tmp_path):
-    done = command("npo_trl.py", "--model", "cards", "--dataset", "nowhere.parquet", "--output_dir", tmp_path, "--use_cpu", "True",
-                   "--bf16", "False", check=False)  # fmt: skip
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --dataset nowhere.parquet")
-    text = " ".join(command("npo_trl.py", "--help").stdout.split())
-    assert "a slot is replaced where the pass-rate is at most this" in text and "not specified by the paper" in text
+def main(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["npo_trl.py", *arguments])
+    npo_trl.main()
+
+
+def test_the_command_builds_the_cache_trains_and_goes_on(command, monkeypatch, capsys, tmp_path):
+    flags = words(tmp_path, guide_prompts=8)
+    done = command("-m", "commands.npo_trl", *flags, "--guide", cards.TEACHER)
+    cache = tmp_path / "guide.jsonl"
+    assert "guide@0 solved" in done.stdout and len(cache.read_text().splitlines()) == 1 + 8
+    assert "'loss'" in done.stdout and "'npo/guide_frac': '1'" in done.stdout
+    Policy(tmp_path / "checkpoint-2")  # can be a guide, or be evaluated
+    main(monkeypatch, *flags, "--guide", str(cache), "--max_steps", "4", "--guided_until", "3")
+    assert capsys.readouterr().out.count("'npo/guide_frac'") == 1  # of steps 3 and 4
+    assert (tmp_path / "checkpoint-4/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "nowhere.parquet"], "--dataset nowhere.parquet"),
+        (["--gate", "1.2"], "--gate 1.2: must be at least 0 and at most 1"),
+        (["--guide", "no.jsonl"], "guide cache no.jsonl: there is no such file"),
+    ],
+)
+def test_mistakes_end_in_one_line(monkeypatch, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=rf"^error: {message}"):
+        main(monkeypatch, *words(tmp_path, guide_prompts=8), *flags)
+
+
+def test_help_explains(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a slot is replaced if the pass-rate is at most this" in text
+    assert "answers to a prompt; not in our sources" in text
 
 
 def test_a_trl_that_moved_its_private_names_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(npo_trl, "PRIVATE", ("_generate", "_gone"))
-    with pytest.raises(ImportError, match=r"GRPOTrainer\._gone: npo_trl.py was written for TRL 1\.16"):
+    with pytest.raises(ImportError, match=r"GRPOTrainer\._gone: commands/npo_trl\.py was written"):
         NPOTrainer()
+
+
+TWO = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_npo_trl as t
+import torch
+from plumbing.data import load_prompts
+from plumbing.settings import RunConfig
+
+torch.set_num_threads(1)
+some = t.asked(load_prompts(RunConfig())[0], True)
+other = t.another(t.Policy(t.cards.BASE, device="cpu"))
+groups = {{g.prompt.id: g for g in other.sample(some, 4, 40, 1.6, seed=9)}}
+
+
+class Scripted(t.NPOTrainer):
+    def _generate_single_turn(self, prompt_ids, *_):
+        first = self.accelerator.process_index * len(prompt_ids)
+        slots = [(row["prompt_id"], (first + i) % 4) for i, row in enumerate(self._asked)]
+        return [groups[id].completions[slot].token_ids for id, slot in slots], None
+
+
+flags = dict(per_device_train_batch_size={size}, max_steps=3, gate=0.2, save_strategy="no")
+trainer = t.trainer_of(Scripted, {out!r}, some, **flags)
+trainer.guides = t.guides_for(other, some)
+trainer.train()
+if trainer.accelerator.is_main_process:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    keys, log = ("loss", "npo/guide_frac", "npo/accuracy"), trainer.state.log_history
+    logged = [[line[key] for line in log if key in line] for key in keys]
+    torch.save([model.state_dict(), *logged], {out!r} + ".pt")
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(command, tmp_path):
+    """The same batches: one group of 4 in one process, or half of it in each of two (gloo)."""
+    results = []
+    for size, launch in ((4, []), (2, LAUNCH.split())):
+        out, script = str(tmp_path / str(size)), tmp_path / f"{size}.py"
+        script.write_text(TWO.format(root=str(ROOT), tests=str(ROOT / "tests"), out=out, size=size))
+        command(*launch, script, env=TWO_ON_CPU)
+        results.append(torch.load(f"{out}.pt"))
+    (one, losses, *logged), (two, other_losses, *others) = results
+    assert other_losses == pytest.approx(losses, rel=1e-5, abs=1e-7)
+    assert others == logged and {*logged[0]} == {0, 1}  # a step with a guide, and one without
+    start = load_file(cards.BASE / "model.safetensors")
+    moved = torch.cat([(one[key] - start[key]).flatten() for key in start])
+    apart = torch.cat([(one[key] - two[key]).flatten() for key in start])
+    weights = torch.cat([one[key].flatten() for key in start])
+    assert moved.norm() > 1e-2 and apart.norm() <= 1e-5 * weights.norm()
+
+
+@pytest.mark.slow
+def test_launched_on_two_processes_one_builds_the_cache(command, tmp_path):
+    flags = words(tmp_path, guide_prompts=4, guide=cards.TEACHER, per_device_train_batch_size=2)
+    done = command(*LAUNCH.split(), "-m", "commands.npo_trl", *flags, env=TWO_ON_CPU)
+    assert done.stdout.count("guide@0 solved") == 1 and "'npo/guide_frac': '1'" in done.stdout
+    assert len((tmp_path / "guide.jsonl").read_text().splitlines()) == 1 + 4

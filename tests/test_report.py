@@ -1,16 +1,11 @@
 """The arithmetic behind summaries and tables."""
 
-import sys
+import json
 
-import numpy
 import pytest
-from conftest import ROOT
 
-import cards
-from report import first_reach
-from signal_theory import optimal_distance, quality, variance
-
-sys.path.insert(0, str(ROOT / "experiments"))
+from plumbing.report import first_reach, report
+from plumbing.run import evaluations
 
 CURVE = [
     {"step": step, "sampled_tokens": 100 * step + 7, "eval/accuracy": accuracy}
@@ -28,64 +23,58 @@ def test_first_reach_is_linear_between_evaluations(accuracy, steps):
     assert tokens == (pytest.approx(100 * steps + 7) if steps is not None else None)
 
 
-def test_interval_is_students():
-    from tables import interval
-
-    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == "3.00 [1.04, 4.96]"  # 2.776 * 1.5811 / sqrt(5) = 1.963
-    assert interval([0.1, 0.2, 0.6], 3) == "0.300 [-0.357, 0.957]"  # 4.303 * 0.26458 / sqrt(3) = 0.657
-
-
-def test_equal_tokens_never_gives_the_control_more():
-    from tables import Result, equal_tokens
-
-    grpo = Result({"evaluations": [[0, 0, 0.1], [20, 500, 0.2], [40, 1000, 0.3], [60, 1500, 0.4]]})
-    for spent, step in ((999, 20), (1000, 40), (1499, 40), (9999, 60)):
-        assert equal_tokens(grpo, Result({"evaluations": [[0, 10, 0.0], [30, spent, 0.9]]}))["step"] == step
+def lines(*rows: tuple, every: int = 100) -> list[dict]:
+    """Metrics with an evaluation each: (step, accuracy, rollbacks), `every` tokens per step."""
+    keys = ("step", "eval/accuracy", "rollbacks")
+    return [
+        {"sampled_tokens": every * row[0], "loss": 0.1, "entropy": 0.3, "step_time": 1.5}
+        | dict(zip(keys, row))
+        for row in rows
+    ]
 
 
-def test_decisive_tokens_are_what_a_carry_changes():
-    from decisive_tokens import decisive
-
-    pieces = cards.build_tokenizer().tokenize(r"97 +8= 105 +1= 106 +9= 115 \boxed{115}")
-    marked = [(place, piece) for place, (piece, mark) in enumerate(zip(pieces, decisive(pieces))) if mark]
-    assert marked == [(3, "1"), (4, "0"), (11, "1"), (12, "1")]  # 105 and 115 without their last digits; the box is a copy
+def write(path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_gradient_variance_is_that_of_a_plain_loop_and_unbiased():
-    from signal_curve import gradient_variance
-
-    draw = numpy.random.default_rng(3)
-    gradients, count = draw.normal(size=(7, 4)), numpy.array([1, 0, 3, 1, 2, 0, 1])
-    drawn = numpy.repeat(gradients, count, axis=0)
-    spread, norm = gradient_variance(gradients @ gradients.T, count)
-    assert spread == pytest.approx(drawn.var(axis=0, ddof=1).sum())
-    assert norm == pytest.approx((drawn.mean(axis=0) ** 2).sum() - spread / 8)
-    assert gradient_variance(gradients @ gradients.T, count * 0) == (None, None)
-    # mean (1, 0), covariance 2^2 I: over many samples, and over resamples of them, the squared norm averages to 1
-    plain, resampled = [], []
-    for _ in range(4000):
-        sample = draw.normal(size=(10, 2)) * 2 + [1, 0]
-        plain.append(gradient_variance(sample @ sample.T, numpy.ones(10)))
-        again = numpy.bincount(draw.integers(10, size=10), minlength=10)
-        resampled.append(gradient_variance(sample @ sample.T, again, resampled=True))
-    assert numpy.mean(plain, axis=0) == pytest.approx([8, 1], rel=0.05)
-    assert numpy.mean(resampled, axis=0)[1] == pytest.approx(1, abs=0.15)
-
-
-def test_fit_finds_the_model_that_made_the_points():
-    from signal_curve import fit
-
-    distance = numpy.array([10, 20, 40, 80, 160.0])
-    alpha, beta, best = fit(distance, 0.7 * quality(distance, 0.03), variance(distance, 0.008))
-    assert (alpha, beta) == (pytest.approx(0.03, rel=0.01), pytest.approx(0.008))
-    assert best == pytest.approx(optimal_distance(0.03, 0.008), rel=0.01)  # the constant 0.7 does not move it
-    assert numpy.isnan(fit(distance, quality(distance, 0.03), 1 / variance(distance, 0.008))[2])
+def test_report_beside_a_scout(tmp_path, capsys):
+    """To the scout's 0.5: 4 steps there; guided 2 of 3, for three times the tokens per step."""
+    write(tmp_path / "scout/metrics.jsonl", lines((0, 0.1), (4, 0.5)))
+    write(tmp_path / "metrics.jsonl", lines((0, 0.1), (1, 0.2), (3, 0.8), every=300))
+    slot = {"step": 1, "question": "<image>Add?", "gold": "7", "pass_rate": 0.25, "policy": "6"}
+    shown = {"guide": "so 7", "source": "guide@4", "reward": 0.1}
+    write(tmp_path / "samples.jsonl", [slot | {"reward": 0.1}, slot | shown])
+    report(tmp_path, "NPO")
+    summary, text = json.loads((tmp_path / "summary.json").read_text()), capsys.readouterr().out
+    expected = {"scout": 4.0, "guided": 2.0, "speed_up": 2.0}
+    assert summary["to_goal/step"] == pytest.approx(expected)
+    expected = {"scout": 400.0, "guided": 600.0, "speed_up": 2 / 3}
+    assert summary["to_goal/sampled_tokens"] == pytest.approx(expected)
+    assert (summary["steps"], summary["updates"], summary["scout"]["steps"]) == (3, 3, 4)
+    assert (summary["training_seconds"], summary["decisions"]) == (4.5, [])
+    assert "from 0.100 to 0.800 held-out accuracy in 3 steps, 900 sampled tokens" in text
+    assert "Steps to 0.500: 4.0 for the scout, 2.0 guided: 2.00x." in text
+    assert "(step 1, pass-rate 0.25): <image>Add? Gold 7." in text and "guide@4   so 7" in text
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_effective_sample_size():
-    from signal_curve import effective
-
-    assert effective([3.0] * 7) == pytest.approx(7)
-    assert effective([1e300, 1e-300, 1e-300]) == pytest.approx(1)
-    assert effective([2.0, 1.0, 1.0]) == pytest.approx(16 / 6)
-    assert effective([]) == 0
+def test_report_of_rollbacks(tmp_path, capsys):
+    decision = {"step": 5, "autonpo/step": 4, "autonpo/decision": "back to 2", "rollbacks": 0}
+    decision |= {"autonpo/distance": 2, "sampled_tokens": 450}
+    stay = {"step": 3, "autonpo/step": 2, "autonpo/decision": "stay", "autonpo/distance": 0}
+    stay["sampled_tokens"] = 210
+    before, after = lines((0, 0.1), (2, 0.2), (4, 0.3)), lines((3, 0.4, 1), (4, 0.6, 1))
+    rows = [
+        line | {"autonpo/reward": 0.2}
+        for line in before[:2] + [stay] + before[2:] + [decision] + after
+    ]
+    write(tmp_path / "metrics.jsonl", rows)
+    assert [line["step"] for line in evaluations(tmp_path)] == [0, 2, 3, 4]
+    report(tmp_path, "AutoNPO")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["updates"], len(summary["decisions"]), summary["eval/accuracy"]) == (5, 2, 0.6)
+    assert "after step 4: back to 2" in capsys.readouterr().out
+    write(tmp_path / "metrics.jsonl", [line | {"autonpo/reward": 0.2} for line in before])
+    report(tmp_path, "AutoNPO")
+    assert "No warning: this run was plain GRPO." in capsys.readouterr().out

@@ -1,0 +1,176 @@
+"""Three speeds, on one CPU thread. What is compared takes turns in one run; medians are printed.
+
+    pip install -r requirements.txt -r requirements-trl.txt
+    python -m experiments.speed          # all three, some minutes
+    python -m experiments.speed scoring  # or step, or guided
+
+step     a GRPO step of ours against one of TRL's GRPOTrainer: the same tiny Qwen3-VL and text
+         prompts (the cards written out), 8 prompts x 8 slots x 16 tokens, every group with signal
+guided   a step with a guide's answer in every group against one without, 16 prompts of the cards
+scoring  answers per second of `verifier.is_correct`: options, numbers, LaTeX; right and wrong
+"""
+
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import verifier
+from grpo import GRPOConfig, update
+from npo import replace_slot
+from plumbing.data import load_prompts, open_dataset
+from plumbing.model import Policy
+from plumbing.rollout import Group, Prompt
+from worlds import cards
+
+ROUNDS, STEPS = 7, 6  # STEPS steps of the one, then of the other, ROUNDS times
+NUMBERS = range(2, 102)  # six answers of each are scored
+OPTIONS = ["3 cm", "5 cm", "7 cm", "none of them"]
+
+
+def our_step(
+    policy: Policy, optimizer, prompts: list[Prompt], config: GRPOConfig, seed: int, guides=None
+) -> tuple[float, list[Group]]:
+    """Seconds of a step, and the groups that it trained on. `guides`: {prompt id: completion}."""
+    began = time.perf_counter()
+    groups = policy.sample(prompts, config.group_size, config.max_new_tokens, 1.0, seed)
+    for group in groups:  # one success in four: all have signal, and the gate lets guides in
+        for slot, completion in enumerate(group.completions):
+            completion.accuracy = completion.reward = float(slot % 4 == 0)
+    if guides:
+        groups = [replace_slot(group, guides[group.prompt.id]) for group in groups]
+    update(policy, optimizer, groups, config)
+    return time.perf_counter() - began, groups
+
+
+def text_prompts() -> list[Prompt]:
+    """Without pictures: for those TRL's processor needs torchvision."""
+    found = []
+    for hand in cards.hands("train")[:8]:
+        text = f"{cards.question(hand)[:-1]} {' '.join(map(str, hand.digits))}."
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        found.append(Prompt(text, messages, [], "0"))
+    return found
+
+
+def trl_steps(folder: str) -> list[float]:
+    """Seconds of the steps of a new GRPOTrainer, without the first, which warms up."""
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        PrinterCallback,
+        TrainerCallback,
+    )
+    from trl import GRPOConfig as TRLConfig
+    from trl import GRPOTrainer
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - self.began)
+
+    def rewards(completions, **_) -> list[float]:
+        return [float(slot % 4 == 0) for slot in range(len(completions))]
+
+    seconds, batch = [], {"per_device_train_batch_size": 64, "num_generations": 8}
+    batch |= {"max_completion_length": 16, "max_steps": STEPS}
+    loss = {"loss_type": "grpo", "beta": 0.0, "epsilon": 0.2, "epsilon_high": 0.28}
+    loss |= {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "weight_decay": 0.01}
+    machine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
+    settings = TRLConfig(folder, **batch, **loss, **machine, **quiet, disable_tqdm=True)
+    tokenizer = AutoTokenizer.from_pretrained(cards.BASE, padding_side="left", eos_token="<unk>")
+    model = AutoModelForImageTextToText.from_pretrained(cards.BASE)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # never said: 16 tokens each
+    path = Path(folder) / "prompts.jsonl"
+    lines = [json.dumps({"prompt": prompt.messages}) + "\n" for prompt in text_prompts()]
+    path.write_text("".join(lines))
+    rows = open_dataset(str(path), "train")
+    trainer = GRPOTrainer(model, rewards, settings, rows, processing_class=tokenizer)
+    trainer.add_callback(Clock())
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return seconds[1:]
+
+
+def step() -> str:
+    if not importlib.util.find_spec("trl"):
+        return "not measured, TRL is not installed: pip install -r requirements-trl.txt"
+    config = GRPOConfig(max_new_tokens=16, micro_batch_size=64, device="cpu")
+    policy, prompts = Policy(cards.BASE, "cpu"), text_prompts()
+    policy.eos_token_ids = [policy.tokenizer.unk_token_id]  # never said, as above
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr)
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for first in range(0, ROUNDS * STEPS, STEPS):
+            theirs += trl_steps(folder)
+            seeds = range(first, first + STEPS)
+            ours += [our_step(policy, optimizer, prompts, config, seed)[0] for seed in seeds][1:]
+    return compared("ours", ours, "TRL", theirs)
+
+
+def guided() -> str:
+    config = GRPOConfig(device="cpu")
+    prompts = [load_prompts(config)[0][row] for row in range(16)]
+    policies = [Policy(cards.BASE, "cpu") for _ in range(2)]
+    # at so low a rate both go on sampling the same batch
+    optimizers = [torch.optim.AdamW(policy.parameters(), 1e-6) for policy in policies]
+    guides = {g.prompt.id: g.completions[0] for g in policies[0].sample(prompts, 1, 64, 1.0, 99)}
+    for guide in guides.values():
+        guide.source, guide.accuracy, guide.reward = "guide@40", 1.0, 1.0
+    plain, with_guides = [], []
+    for seed in range(ROUNDS * STEPS):
+        plain.append(our_step(policies[0], optimizers[0], prompts, config, seed)[0])
+        taken = our_step(policies[1], optimizers[1], prompts, config, seed, guides)
+        with_guides.append(taken[0])
+    return compared("guided", with_guides[2:], "plain", plain[2:])
+
+
+def mixed_answers() -> list[tuple[str, str, list[str] | None, bool]]:
+    """(response of 200 words, gold, options, whether it is right)."""
+    found = []
+    for n in NUMBERS:
+        found += [
+            ("C", "B", OPTIONS, False),
+            ("5 cm", "B", OPTIONS, True),
+            (f"{n}.0", f"{n}", None, True),
+            (rf"\frac{{{n}}}{{7}}", rf"\frac{{{2 * n}}}{{14}}", None, True),
+            (rf"\sqrt{{{n}}}", rf"\sqrt{{{n + 1}}}", None, False),
+            (f"x(x+{n})", f"x^2+{n}x", None, True),
+        ]
+    return [("Look at the picture. " * 50 + rf"\boxed{{{said}}}", *rest) for said, *rest in found]
+
+
+def scoring() -> str:
+    verifier.is_correct(r"\boxed{x+1}", "1+x")  # starts the worker process
+    answers, began = mixed_answers(), time.perf_counter()
+    for response, gold, options, _ in answers:
+        verifier.is_correct(response, gold, options)
+    rate = len(answers) / (time.perf_counter() - began)
+    return f"{rate:.0f} answers per second, {len(answers)} of them"
+
+
+def compared(name: str, seconds: list[float], other_name: str, other: list[float]) -> str:
+    mine, theirs = statistics.median(seconds), statistics.median(other)
+    return f"{name} {mine:.3f} s, {other_name} {theirs:.3f} s, ratio {mine / theirs:.2f}"
+
+
+def main() -> None:
+    parts = {"step": step, "guided": guided, "scoring": scoring}
+    chosen = sys.argv[1:] or list(parts)
+    if unknown := set(chosen) - set(parts):
+        raise SystemExit(f"error: {', '.join(unknown)}: choose from {', '.join(parts)}")
+    torch.set_num_threads(1)
+    for name in chosen:
+        print(f"{name:8} {parts[name]()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

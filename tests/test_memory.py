@@ -1,0 +1,106 @@
+"""--dry-run counts what the model itself says; the rehearsal leaves no trace."""
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3VLConfig
+
+from grpo import GRPOConfig
+from plumbing import UsageError, memory
+
+SMALL_TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24}
+SMALL_TOWER |= {"deepstack_visual_indexes": (5, 11, 17)}
+LARGE_TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "depth": 27}
+LARGE_TOWER |= {"deepstack_visual_indexes": (8, 16, 24)}
+# hidden size, MLP, layers, query heads, tied embeddings, vision tower
+EIGHT = (4096, 12288, 36, 32, False, LARGE_TOWER)
+FOUR = (2560, 9728, 36, 32, True, SMALL_TOWER)
+TWO = (2048, 6144, 28, 16, True, SMALL_TOWER)
+
+
+def public(path, shape: tuple, **flags) -> GRPOConfig:
+    """A run of a folder that holds nothing but the config.json of a Qwen3-VL of that shape."""
+    hidden, mlp, layers, heads, tied, tower = shape
+    text = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128}
+    tower = tower | {"out_hidden_size": hidden}
+    config = Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=tied)
+    config.save_pretrained(path)
+    return GRPOConfig(model=str(path), dataset="x.jsonl", out="runs/8b", **flags)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [(EIGHT, 8767123696), (FOUR, 4437815808), (TWO, 2127532032)]
+)
+def test_public_sizes_have_as_many_parameters_as_their_checkpoints(tmp_path, shape, parameters):
+    found = memory.counted(public(tmp_path, shape), torch.bfloat16)
+    trained = found["trained"]  # all but the vision tower
+    assert (found["parameters"], found["weights"]) == (parameters, 2 * parameters)
+    assert 0.8 * parameters < trained < parameters and found["gradients"] == 2 * trained
+    assert found["moments"] == int(2.03125 * trained)  # 8 bits each, a fp32 scale per 256
+    assert found["checkpoint"] == found["weights"] + found["moments"]
+
+
+def test_adapters_are_counted(tmp_path):
+    pytest.importorskip("peft")
+    found = memory.counted(public(tmp_path, TWO, lora=16), torch.bfloat16)
+    both = 4 * 2048 + 2 * (2048 + 1024) + 3 * (2048 + 6144)  # q and o, k and v, the MLP
+    assert found["trained"] == 28 * 16 * both and found["gradients"] == 4 * found["trained"]
+    assert found["checkpoint"] == 12 * found["trained"]
+    assert found["parameters"] == 2127532032 + found["trained"]
+
+
+def test_what_a_dry_run_prints(tmp_path, capsys):
+    """8B: 2 + 2 + 2.03 bytes per weight; of 80 GB vLLM takes 28, and 1.45 of the 52 are left."""
+    memory.show(public(tmp_path, EIGHT, micro_batch_size=6))
+    batch, parameters, weights, _, _, checkpoint, *gpus, _ = capsys.readouterr().out.splitlines()
+    assert batch.startswith("8 prompts x 8 slots = 64 completions/step = 11 micro-batches of 6")
+    assert parameters == "8,767,123,696 parameters, 8,190,735,360 of them trained, bf16"
+    assert weights.split() == ["weights", "16.3", "GiB"]
+    assert checkpoint == "checkpoint    31.8 GiB on the disk of runs/8b"
+    verdicts = [line.partition(" GiB for vLLM: ")[::2] for line in gpus]
+    assert [left for left, _ in verdicts] == [
+        "GPU of 24 GB, 7.8",
+        "GPU of 48 GB, 15.6",
+        "GPU of 80 GB, 26.1",
+        "GPU of 141 GB, 46.0",
+    ]
+    assert all(words.startswith("cannot fit") for _, words in verdicts[:2])
+    left = ["1.3 GiB left for activations", "38.3 GiB left for activations"]
+    assert [words for _, words in verdicts[2:]] == left
+    memory.show(GRPOConfig())
+    assert "482,112 parameters, 364,224 of them trained, fp32" in capsys.readouterr().out
+
+
+def test_models_that_cannot_be_counted(tmp_path):
+    Qwen3Config(num_hidden_layers=1).save_pretrained(tmp_path)
+    for path in ("nobody/knows", str(tmp_path)):
+        with pytest.raises(UsageError, match=f"^model {path}: cannot be loaded") as error:
+            memory.counted(GRPOConfig(model=path), torch.bfloat16)
+        assert "\n" not in str(error.value)
+
+
+def test_the_rehearsal_leaves_no_trace(fresh, prompts, monkeypatch):
+    """It asks for the longest rows: 12 of them touch two groups of 8."""
+    before = [weight.clone() for weight in fresh.model.state_dict().values()]
+    sampled = fresh.sample([prompts[0]], 3, 20, 1.0, seed=5)[0].completions
+    real, asked = fresh.logprobs, []
+    monkeypatch.setattr(fresh, "logprobs", lambda *words: asked.extend(words) or real(*words))
+    sizes = {"micro_batch_size": 12, "max_prompt_tokens": 50, "max_new_tokens": 30}
+    config, state = GRPOConfig(temperature=1.5, **sizes), torch.get_rng_state()
+    memory.rehearse(fresh, config)
+    rows, temperature = asked
+    assert {(len(encoded.token_ids), len(tokens)) for encoded, tokens in rows} == {(50, 30)}
+    assert (len(rows), len({id(encoded) for encoded, _ in rows}), temperature) == (12, 2, 1.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in fresh.model.parameters())
+    assert all(map(torch.equal, before, fresh.model.state_dict().values()))
+    assert fresh.sample([prompts[0]], 3, 20, 1.0, seed=5)[0].completions == sampled
+
+    def out_of_memory(*words):
+        real(*words)[0].sum().backward()
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(fresh, "logprobs", out_of_memory)
+    with pytest.raises(UsageError, match=r"12 sequences of 50 \+ 30 tokens. Lower --micro-batch"):
+        memory.rehearse(fresh, config)
+    assert all(parameter.grad is None for parameter in fresh.model.parameters())
