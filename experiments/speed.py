@@ -60,16 +60,10 @@ def text_prompts() -> list[Prompt]:
 
 def trl_steps(folder: str) -> list[float]:
     """Seconds of the steps of a new GRPOTrainer, without the first, which warms up."""
-    from transformers import (
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-        PrinterCallback,
-        TrainerCallback,
-    )
-    from trl import GRPOConfig as TRLConfig
-    from trl import GRPOTrainer
+    import transformers
+    import trl
 
-    class Clock(TrainerCallback):
+    class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.began = time.perf_counter()
 
@@ -85,17 +79,19 @@ def trl_steps(folder: str) -> list[float]:
     loss |= {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "weight_decay": 0.01}
     machine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
-    settings = TRLConfig(folder, **batch, **loss, **machine, **quiet, disable_tqdm=True)
-    tokenizer = AutoTokenizer.from_pretrained(cards.BASE, padding_side="left", eos_token="<unk>")
-    model = AutoModelForImageTextToText.from_pretrained(cards.BASE)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # never said: 16 tokens each
+    settings = trl.GRPOConfig(folder, **batch, **loss, **machine, **quiet, disable_tqdm=True)
+    # <unk> is never said, so every answer has 16 tokens
+    load = transformers.AutoTokenizer.from_pretrained
+    tokenizer = load(cards.BASE, padding_side="left", eos_token="<unk>")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(cards.BASE)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     path = Path(folder) / "prompts.jsonl"
     lines = [json.dumps({"prompt": prompt.messages}) + "\n" for prompt in text_prompts()]
     path.write_text("".join(lines))
-    rows = open_dataset(str(path), "train")
-    trainer = GRPOTrainer(model, rewards, settings, rows, processing_class=tokenizer)
+    rows = open_dataset(str(path))
+    trainer = trl.GRPOTrainer(model, rewards, settings, rows, processing_class=tokenizer)
     trainer.add_callback(Clock())
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     return seconds[1:]
 
@@ -105,7 +101,7 @@ def step() -> str:
         return "not measured, TRL is not installed: pip install -r requirements-trl.txt"
     config = GRPOConfig(max_new_tokens=16, micro_batch_size=64, device="cpu")
     policy, prompts = Policy(cards.BASE, "cpu"), text_prompts()
-    policy.eos_token_ids = [policy.tokenizer.unk_token_id]  # never said, as above
+    policy.eos_token_ids = [policy.tokenizer.unk_token_id]  # as for TRL
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr)
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as folder:

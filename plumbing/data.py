@@ -76,7 +76,7 @@ def _load_prompts(dataset: str, columns: str, eval_prompts: int, max_tokens: int
         held_out = cards.hands("held_out")[:eval_prompts]
         return card_prompts("train", cards.hands("train")), card_prompts("held_out", held_out)
     names = COLUMNS | parse_columns(HUB_COLUMNS.get(dataset, "")) | parse_columns(columns)
-    rows = open_dataset(dataset, "train", HUB_CONFIGS.get(dataset))
+    rows = open_dataset(dataset)
     if len(rows) <= eval_prompts:
         raise UsageError(
             f"{dataset}: {len(rows)} rows, and --eval-prompts {eval_prompts} would hold out all of "
@@ -278,30 +278,21 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def open_dataset(name: str | list[str], split: str, config: str | None = None):
-    """The rows of a split: of a local data file (or a list of them), a folder, or a hub id."""
+def open_dataset(name: str):
+    """The rows of the split "train": of a data file, a folder, or a hub id."""
     import datasets  # takes a second to import, and the cards do without
 
+    kind = FILE_TYPES.get(Path(name).suffix)
+    if Path(name).is_file() and not kind:
+        raise UsageError(f"--dataset {name}: cannot be read; only {', '.join(FILE_TYPES)} can")
     try:
-        if isinstance(name, list):
-            kind = FILE_TYPES[Path(name[0]).suffix]
+        if Path(name).is_file():
             return datasets.load_dataset(kind, data_files=name, split="train")
-        path = Path(name)
-        if path.is_file():
-            if path.suffix not in FILE_TYPES:
-                raise UsageError(
-                    f"--dataset {name}: cannot read {path.suffix or 'this'} files, "
-                    f"only {', '.join(FILE_TYPES)}"
-                )
-            kind = FILE_TYPES[path.suffix]
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
-        return datasets.load_dataset(name, config, split=split)
-    except UsageError:
-        raise
+        return datasets.load_dataset(name, HUB_CONFIGS.get(name), split="train")
     except Exception as error:  # datasets raises a dozen types for not there, no split, no network
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise UsageError(
-            f"--dataset {name}, split {split}: cannot be loaded ({type(error).__name__}: "
-            f"{reason}); check the name. Without a network, give a data file or a folder, or set "
-            "HF_HOME to the cache of a machine that has loaded it"
+            f"--dataset {name}: cannot be loaded ({type(error).__name__}: {reason}); check the "
+            'name and that it has a split "train". Without a network, give a data file or a '
+            "folder, or set HF_HOME to the cache of a machine that has loaded it"
         ) from error

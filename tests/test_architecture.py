@@ -102,9 +102,6 @@ FORKED = {
     "grpo.clipped_policy_loss": "logprobs, old_logprobs, advantages, mask, clip_low=0.2, "
     "clip_high=0.28, num_sequences=None, weights=1.0",
     "autonpo.select_rollback": "quality, variance",
-    "verifier.reward": "prompt, completion",
-    "verifier.is_correct": "response, gold, choices=None",
-    "verifier.extract_answer": "response",
     "signal_theory.quality": "distance, alpha",
     "signal_theory.variance": "distance, beta",
     "signal_theory.signal": "quality, variance",

