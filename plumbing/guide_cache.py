@@ -83,9 +83,11 @@ def build_guide_cache(
         "samples": config.guide_samples,
         "keep": keep,
         "temperature": config.temperature,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
     }
     lines = read_jsonl(path)
-    if lines[:1] != [header]:
+    if lines[:1] != [header] or len(lines) > 1 + len(rows):
         lines = [header]
     if len(lines) == 1 + len(rows):
         return  # it is whole
@@ -133,7 +135,8 @@ def load_guide_cache(
         raise UsageError(f"guide cache {path}: there is no such file")
     header, *lines = read_jsonl(path) or [{}]
     remedy = "move it away, or give the guide's checkpoint folder as --guide: it will be made anew"
-    if not isinstance(header, dict) or header.get("version") != VERSION:
+    known = isinstance(header, dict) and header.get("version") == VERSION
+    if not known or not {"prompts", "dataset", "tokenizer", "until"} <= header.keys():
         raise UsageError(f"guide cache {path}: is none of format version {VERSION}; {remedy}")
     if len(lines) != header["prompts"]:
         raise UsageError(

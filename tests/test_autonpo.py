@@ -423,8 +423,12 @@ def test_every_token_is_counted_and_none_comes_back(eager):
 def test_the_present_lineage_has_one_line_a_step(eager):
     config, out = eager
     lines = current_lineage(read_jsonl(out / "metrics.jsonl"))
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, config.steps + 1))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, config.steps + 1))
+    for before, after in zip(steps, steps[1:]):  # of two steps, of the policy's own answers
+        for key in ("reward", "entropy"):
+            mean = (before[f"autonpo/{key}"] + after[key]) / 2
+            assert after[f"autonpo/{key}"] == pytest.approx(mean)
     evals = [line["step"] for line in evaluations(out)]
     assert evals == sorted(set(evals)) and evals[-1] == config.steps
 
@@ -520,7 +524,7 @@ KILLS = [
     (autonpo, "build_guide_cache", 1, True),  # nothing but the cache is there
     (Run, "roll_back", 1, False),  # the decision is logged, and not carried out
     (Run, "_load", 2, True),  # weights are back, the checkpoint does not say so yet
-    (Run, "_forget_after", 1, True),
+    (Run, "_forget_after", 1, False),  # gone back, and the later checkpoints are still there
     (Run, "roll_back", 2, False),  # in a second intervention
     (Run, "roll_back", 2, True),
     (run_module, "guide_metrics", 1, True),  # in the guided segment
@@ -531,7 +535,7 @@ KILLS = [
 @pytest.mark.parametrize(
     ("module", "name", "call", "after"),
     [
-        (Run, "_forget_after", 1, False),  # gone back, and the later checkpoints are still there
+        (Run, "_forget_after", 1, True),  # gone back, and nothing but state.json says so
         *(pytest.param(*kill, marks=pytest.mark.slow) for kill in KILLS),
     ],
 )
