@@ -118,7 +118,7 @@ def stored_config(out: Path) -> dict | None:
         raise UsageError(
             f"{path}: is not JSON ({error}); mend it, or choose another --out"
         ) from error
-    return stored if "prompts_per_step" in stored else None
+    return stored if isinstance(stored, dict) and "prompts_per_step" in stored else None
 
 
 def start_over(config) -> None:
@@ -136,4 +136,6 @@ def start_over(config) -> None:
     old = out.with_name(out.name + ".old")
     if stored_config(old) is not None:
         shutil.rmtree(old)
+    elif old.exists():
+        raise UsageError(f"--fresh: {old} exists and is no run; move it away")
     out.rename(old)

@@ -183,7 +183,12 @@ def check_row(row: dict, columns: dict, folder: Path, max_tokens: int, parts: tu
         raise Unusable(f"an image over {MAX_ASPECT} times as long as wide", "cut the images")
     if len(sizes) > MAX_IMAGES:
         raise Unusable(f"over {MAX_IMAGES} images", "ask about fewer")
-    if max_tokens and prompt_length(messages, sizes, *parts) > max_tokens:
+    try:
+        length = prompt_length(messages, sizes, *parts) if max_tokens else 0
+    except UsageError as error:
+        remedy = "remove marks such as <|image_pad|> from the questions"
+        raise Unusable("an image token in its text", remedy) from error
+    if length > max_tokens:
         raise Unusable(f"over {max_tokens} tokens", "raise --max-prompt-tokens")
     return len(sizes)
 
@@ -290,7 +295,7 @@ def open_dataset(name: str):
             return datasets.load_dataset(kind, data_files=name, split="train")
         return datasets.load_dataset(name, HUB_CONFIGS.get(name), split="train")
     except Exception as error:  # datasets raises a dozen types for not there, no split, no network
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = (str(error.__cause__ or error).strip() or "it may be empty").splitlines()[0]
         raise UsageError(
             f"--dataset {name}: cannot be loaded ({type(error).__name__}: {reason}); check the "
             'name and that it has a split "train". Without a network, give a data file or a '

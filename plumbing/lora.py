@@ -22,6 +22,12 @@ def base_model_of(path: str | Path) -> str:
     return str(path)
 
 
+def adapter_rank(path: str | Path) -> int:
+    """Of a folder of adapters; 0 for any other path."""
+    adapter = Path(path) / "adapter_config.json"
+    return json.loads(adapter.read_text())["r"] if adapter.is_file() else 0
+
+
 def train_adapters(model, rank: int, path: str | Path) -> None:
     """Freezes all but the adapters, which are added where `path` holds none.
 

@@ -1,5 +1,6 @@
 """What a configuration takes: counted without loading it (--dry-run), rehearsed on a GPU."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from plumbing import UsageError
 from plumbing.checkpoints import MOMENT_BYTES
 from plumbing.encode import unloadable
-from plumbing.lora import base_model_of, train_adapters
+from plumbing.lora import adapter_rank, base_model_of, train_adapters
 from plumbing.metrics import batch_arithmetic
 from plumbing.model import Policy
 from plumbing.rollout import EncodedPrompt
@@ -26,11 +27,11 @@ def counted(config, dtype: torch.dtype) -> dict[str, int]:
         model_config = AutoConfig.from_pretrained(base_model_of(path))
         with torch.device("meta"):  # tensors with a shape and nothing in them
             model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model.base_model.visual.requires_grad_(False)
+    except (OSError, ValueError, AttributeError) as error:
         raise unloadable(path, error) from error
-    model.base_model.visual.requires_grad_(False)
-    if config.lora:
-        train_adapters(model, config.lora, path)
+    if rank := adapter_rank(path) or config.lora:
+        train_adapters(model, rank, base_model_of(path))
     every = list(model.parameters())
     trained = [parameter for parameter in every if parameter.requires_grad]
     weights, gradients = (
@@ -43,7 +44,7 @@ def counted(config, dtype: torch.dtype) -> dict[str, int]:
         "weights": weights,
         "gradients": gradients,
         "moments": moments,
-        "checkpoint": (gradients if config.lora else weights) + moments,
+        "checkpoint": (gradients if rank else weights) + moments,
     }
 
 
@@ -69,7 +70,8 @@ def show(config) -> None:
         verdict = f"{left / GIB:.1f} GiB left for activations"
         if left <= 0 or share * size * 1e9 < need["weights"] * vllm:
             verdict = "cannot fit: less than training or vLLM's own weights take"
-        print(f"GPU of {size:.0f} GB, {share * size / 1.073741824:.1f} GiB for vLLM: {verdict}")
+        vllm_gib = f"{share * size * 1e9 / GIB:.1f} GiB for vLLM (none with --sampler hf)"
+        print(f"GPU of {size:.0f} GB, {vllm_gib}: {verdict}")
     print("Activations are not estimated: on a GPU a run begins by rehearsing its longest batch.")
 
 
@@ -79,8 +81,9 @@ def rehearse(policy: Policy, config) -> None:
     Raises:
         UsageError: out of memory, with the flags to lower.
     """
-    rows, group, filler = config.micro_batch_size, config.group_size, policy.eos_token_ids[0]
-    prompts = max(1, rows // group) + bool(max(rows, group) % min(rows, group))  # in one batch
+    group, filler = config.group_size, policy.eos_token_ids[0]
+    rows = min(config.micro_batch_size, config.prompts_per_step * group)
+    prompts = -(-(rows + group - math.gcd(rows, group)) // group)  # at most, in one micro-batch
     longest = [EncodedPrompt([filler] * config.max_prompt_tokens) for _ in range(prompts)]
     batch = [(longest[row % prompts], [filler] * config.max_new_tokens) for row in range(rows)]
     moments = sum(p.numel() * MOMENT_BYTES[p.dtype] for p in policy.parameters())

@@ -198,6 +198,9 @@ def test_what_never_began_does_not_claim_a_directory(tmp_path):
     open_directory(GRPOConfig(out=str(out), lr=1e-3), out)
     open_directory(NPOConfig(out=str(out)), out)
     assert json.loads((out / "config.json").read_text())["lr"] == 1e-4
+    (out / "config.json").write_text('["prompts_per_step"]')
+    with pytest.raises(UsageError, match="holds files but no run"):
+        open_directory(NPOConfig(), out)
     (out / "config.json").write_text('{"steps": 2')
     for act in (lambda: open_directory(NPOConfig(), out), lambda: start_over(NPOConfig(out=out))):
         with pytest.raises(UsageError, match="config.json: is not JSON .*choose another --out"):
@@ -219,6 +222,10 @@ def test_starting_over_moves_the_run_away(tmp_path):
     with pytest.raises(UsageError, match="--fresh: --guide .* lies in --out"):
         start_over(NPOConfig(out=str(tmp_path / "run"), guide=str(tmp_path / "run/guide.jsonl")))
     assert (tmp_path / "run/metrics.jsonl").exists()
+    shutil.rmtree(tmp_path / "run.old")
+    (tmp_path / "run.old").write_text("precious")
+    with pytest.raises(UsageError, match="run.old exists and is no run; move it away"):
+        start_over(GRPOConfig(out=str(tmp_path / "run")))
 
 
 def test_other_peoples_files_are_left_alone(tmp_path):

@@ -394,6 +394,7 @@ def test_bad_data_sets(geometry, dataset, options, message):
         ({"images": 5}, f"{IMAGE_GONE}; images are pictures"),
         ({"choices": "red, blue"}, "options are no list of texts; name another column"),
         ({"problem": "<image>?"}, "more <image> marks than images; name the images' column"),
+        ({"problem": "<|image_pad|>?"}, "an image token in its text; remove marks such as"),
     ],
 )
 def test_columns_of_the_wrong_type(tmp_path, row, message):

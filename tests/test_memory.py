@@ -1,5 +1,7 @@
 """--dry-run counts what the model itself says; the rehearsal leaves no trace."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3VLConfig
@@ -57,7 +59,7 @@ def test_what_a_dry_run_prints(tmp_path, capsys):
     assert parameters == "8,767,123,696 parameters, 8,190,735,360 of them trained, bf16"
     assert weights.split() == ["weights", "16.3", "GiB"]
     assert checkpoint == "checkpoint    31.8 GiB on the disk of runs/8b"
-    verdicts = [line.partition(" GiB for vLLM: ")[::2] for line in gpus]
+    verdicts = [line.partition(" GiB for vLLM (none with --sampler hf): ")[::2] for line in gpus]
     assert [left for left, _ in verdicts] == [
         "GPU of 24 GB, 7.8",
         "GPU of 48 GB, 15.6",
@@ -104,3 +106,32 @@ def test_the_rehearsal_leaves_no_trace(fresh, prompts, monkeypatch):
     with pytest.raises(UsageError, match=r"12 sequences of 50 \+ 30 tokens. Lower --micro-batch"):
         memory.rehearse(fresh, config)
     assert all(parameter.grad is None for parameter in fresh.model.parameters())
+
+
+def test_a_model_without_a_vision_tower_is_refused_in_one_line(tmp_path):
+    from transformers import LlavaConfig
+
+    LlavaConfig().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=f"model {tmp_path}: cannot be loaded"):
+        memory.counted(GRPOConfig(model=str(tmp_path)), torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "group", "prompts"), [(7, 4, 3), (8, 4, 2), (4, 8, 1), (6, 4, 2)])
+def test_the_rehearsal_has_as_many_prompts_as_a_micro_batch_can(base, rows, group, prompts):
+    """By moving a window of `rows` slots over groups of `group`, in steps of `rows`."""
+    config = GRPOConfig(micro_batch_size=rows, group_size=group, prompts_per_step=40)
+    config.max_prompt_tokens = config.max_new_tokens = 2
+    seen = [
+        len({slot // group for slot in range(first, first + rows)})
+        for first in range(0, 40 * group - rows, rows)
+    ]
+    assert max(seen) == prompts
+    asked = []
+    recorder = SimpleNamespace(
+        eos_token_ids=[1],
+        device=torch.device("cpu"),
+        parameters=lambda: [],
+        logprobs=lambda batch, _: asked.extend(batch) or [torch.zeros(1, requires_grad=True)],
+    )
+    memory.rehearse(recorder, config)
+    assert len(asked) == rows and len({id(encoded) for encoded, _ in asked}) == prompts

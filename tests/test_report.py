@@ -1,4 +1,4 @@
-"""The arithmetic behind summaries and tables."""
+"""What a run shows when it ends, from made-up logs."""
 
 import json
 
