@@ -25,9 +25,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 import verifier
@@ -40,15 +38,12 @@ from plumbing.lora import base_model_of
 from plumbing.model import Policy
 from plumbing.rollout import Prompt, batched
 from plumbing.run import derived_seed, read_jsonl
-from plumbing.settings import vllm_installed, within
+from plumbing.settings import ModelConfig, within
 from worlds import cards
 
 
 @dataclass
-class EvaluateConfig:
-    # Model
-    model: str = "cards"  # "cards" (the tiny base), a hub id, or a checkpoint folder
-    device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
+class EvaluateConfig(ModelConfig):
     # Data
     benchmarks: str | None = None  # as in mmstar,mathvista [cards for model cards, else all eight]
     limit: int | None = None  # the first so many problems of each [all]
@@ -58,7 +53,6 @@ class EvaluateConfig:
     samples: int = 1  # K answers to each item
     temperature: float = 1.0  # as in training; that of the paper is not in our sources
     max_new_tokens: int | None = None  # longest answer [cards 64, else 4096]
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm where it and cuda are, not for cards]
     batch_size: int | None = None  # answers at a time [cards 64, else 16; with vllm 256]
     seed: int = 0  # of sampling
 
@@ -67,12 +61,10 @@ class EvaluateConfig:
     def __post_init__(self):
         if self.benchmarks is None:
             self.benchmarks = "cards" if self.model == "cards" else ",".join(BENCHMARKS)
+        super().__post_init__()
         self.out = self.out or f"runs/evaluate/{Path(self.model).name}"
         if self.max_new_tokens is None:
             self.max_new_tokens = 64 if self.on_cards else 4096
-        if self.sampler == "auto":
-            use_vllm = self.on_gpu and vllm_installed() and not self.on_cards
-            self.sampler = "vllm" if use_vllm else "hf"
         if self.batch_size is None:
             self.batch_size = 64 if self.on_cards else 256 if self.sampler == "vllm" else 16
 
@@ -85,21 +77,8 @@ class EvaluateConfig:
     def on_cards(self) -> bool:
         return self.names == ["cards"]
 
-    @property
-    def on_gpu(self) -> bool:
-        return torch.cuda.is_available() and self.device != "cpu"
-
-    @property
-    def model_path(self) -> str:
-        return str(cards.BASE) if self.model == "cards" else self.model
-
-    @property
-    def dtype(self) -> str:
-        """Of the weights: bf16 on CUDA; the cards world is fp32 everywhere."""
-        return "bf16" if self.on_gpu and not self.on_cards else "fp32"
-
     def check(self) -> None:
-        """Raises UsageError for the first value that makes no sense."""
+        super().check()
         known = ["cards", *BENCHMARKS]
         unknown = [name for name in self.names if name not in known]
         if unknown or not self.names:
@@ -112,11 +91,6 @@ class EvaluateConfig:
         within(self, "temperature", above=0)
         if self.limit is not None:
             within(self, "limit", least=1)
-        if self.sampler == "vllm" and not vllm_installed():
-            raise UsageError(
-                "--sampler vllm: vllm is not installed; pip install -r requirements-gpu.txt, "
-                "or use --sampler hf"
-            )
 
 
 # ---- Asking ---------------------------------------------------------------------------

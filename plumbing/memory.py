@@ -50,8 +50,7 @@ def counted(config, dtype: torch.dtype) -> dict[str, int]:
 
 def show(config) -> None:
     """Prints what the run takes, and on which GPU it cannot fit."""
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    elsewhere = not config.on_cards and not on_gpu  # planned here for a GPU somewhere else
+    elsewhere = not config.on_cards and not config.on_gpu  # planned for a GPU somewhere else
     dtype = "bf16" if elsewhere else config.dtype
     vllm = config.sampler == "vllm" or elsewhere
     need = counted(config, DTYPES[dtype])
@@ -60,11 +59,11 @@ def show(config) -> None:
     for name in ("weights", "gradients", "moments"):
         print(f"{name:10} {need[name] / GIB:7.1f} GiB")
     print(f"checkpoint {need['checkpoint'] / GIB:7.1f} GiB on the disk of {Path(config.out)}")
-    if config.on_cards and not on_gpu:
+    if config.on_cards and not config.on_gpu:
         return
     training = need["weights"] + need["gradients"] + need["moments"]
     share = config.vllm_memory if vllm else 0.0
-    sizes = [torch.cuda.get_device_properties(0).total_memory / 1e9] if on_gpu else GPU_GB
+    sizes = [torch.cuda.get_device_properties(0).total_memory / 1e9] if config.on_gpu else GPU_GB
     for size in sizes:
         left = size * 1e9 * (1 - share) - training
         verdict = f"{left / GIB:.1f} GiB left for activations"

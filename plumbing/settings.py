@@ -28,9 +28,51 @@ MAY_CHANGE_ON_RESUME = {"out", "fresh", "keep", "device", "vllm_memory", "micro_
 
 
 @dataclass
-class RunConfig:
-    # Run
+class ModelConfig:
+    # Model
     model: str = "cards"  # "cards" (the tiny base), a hub id, or a save_pretrained folder
+    device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm where it and cuda are, not for cards]
+
+    def __post_init__(self):
+        if self.sampler == "auto":
+            use_vllm = self.on_gpu and vllm_installed() and not self.on_cards
+            self.sampler = "vllm" if use_vllm else "hf"
+
+    @property
+    def on_cards(self) -> bool:
+        return self.model == "cards"
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.cuda.is_available() and self.device != "cpu"
+
+    @property
+    def model_path(self) -> str:
+        return str(cards.BASE) if self.model == "cards" else self.model
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and gradients: bf16 on CUDA; the cards world is fp32 everywhere."""
+        return "bf16" if self.on_gpu and not self.on_cards else "fp32"
+
+    def check(self) -> None:
+        """Raises UsageError for the first value that makes no sense."""
+        if self.sampler == "vllm" and not vllm_installed():
+            raise UsageError(
+                "--sampler vllm: vllm is not installed; pip install -r requirements-gpu.txt, "
+                "or use --sampler hf"
+            )
+        if self.sampler == "vllm" and self.device not in ("auto", "cpu", "cuda", "cuda:0"):
+            raise UsageError(
+                f"--device {self.device}: vLLM uses the first GPU that it sees; "
+                "set CUDA_VISIBLE_DEVICES and leave --device out"
+            )
+
+
+@dataclass
+class RunConfig(ModelConfig):
+    # Run
     dataset: str | None = None  # "cards", hub id, file or folder [cards, else hiyouga/geometry3k]
     columns: str = ""  # as in prompt=problem,images=images,answer=answer,choices=options
     out: str = "runs"  # run directory; the same command resumes it
@@ -42,45 +84,30 @@ class RunConfig:
     eval_every: int = 5  # steps between evaluations
     eval_prompts: int = 256  # held-out prompts: the last rows of the data set, never trained on
     eval_samples: int | None = None  # answers to each, sampled as in training [cards 4, else 1]
-    save_every: int = 20  # steps between checkpoints (the authors: 10 or 20)
+    save_every: int = 20  # steps between checkpoints (the NPO authors: 10 or 20)
     keep: str | None = None  # old checkpoints: all, none, or steps as 40,100 [cards all, else none]
-    # Machine
-    device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm where it and cuda are, not for cards]
-    vllm_memory: float = 0.35  # share of the GPU for vLLM's weights and cache
+    # Memory
     micro_batch_size: int | None = None  # sequences at a time, memory only [cards 32, else 4]
     max_prompt_tokens: int = 4096  # longer prompts, images counted, are dropped (as the authors)
+    vllm_memory: float = 0.35  # share of the GPU for vLLM's weights and cache
     dry_run: bool = False  # print the batch arithmetic and the memory that it takes, and stop
 
     def __post_init__(self):
         if self.dataset is None:
             self.dataset = "cards" if self.model == "cards" else "hiyouga/geometry3k"
+        super().__post_init__()
         for name, (in_cards, elsewhere) in BY_WORLD.items():
             if getattr(self, name, 0) is None:
                 setattr(self, name, in_cards if self.on_cards else elsewhere)
                 if name == "lr" and self.lora:
                     self.lr *= 10
-        if self.sampler == "auto":
-            on_gpu = torch.cuda.is_available() and self.device != "cpu"
-            use_vllm = on_gpu and vllm_installed() and not self.on_cards
-            self.sampler = "vllm" if use_vllm else "hf"
 
     @property
     def on_cards(self) -> bool:
         return self.dataset == "cards"
 
-    @property
-    def model_path(self) -> str:
-        return str(cards.BASE) if self.model == "cards" else self.model
-
-    @property
-    def dtype(self) -> str:
-        """Of weights and gradients: bf16 on CUDA; the cards world is fp32 everywhere."""
-        on_gpu = torch.cuda.is_available() and self.device != "cpu"
-        return "bf16" if on_gpu and not self.on_cards else "fp32"
-
     def check(self) -> None:
-        """Raises UsageError for the first value that makes no sense."""
+        super().check()
         counts = ("steps", "eval_every", "eval_prompts", "eval_samples", "save_every")
         for name in (*counts, "micro_batch_size", "max_prompt_tokens"):
             within(self, name, least=1)
@@ -88,16 +115,6 @@ class RunConfig:
         within(self, "vllm_memory", above=0, below=1)
         if not re.fullmatch(r"(all|none|\d+)(,\d+)*", self.keep):
             raise UsageError(f"--keep {self.keep}: must be all, none, or steps as in 40,100")
-        if self.sampler == "vllm" and not vllm_installed():
-            raise UsageError(
-                "--sampler vllm: vllm is not installed; pip install -r requirements-gpu.txt, "
-                "or use --sampler hf"
-            )
-        if self.sampler == "vllm" and self.device not in ("auto", "cpu", "cuda", "cuda:0"):
-            raise UsageError(
-                f"--device {self.device}: vLLM uses the first GPU that it sees; "
-                "set CUDA_VISIBLE_DEVICES and leave --device out"
-            )
 
 
 def within(config, name: str, least=None, most=None, above=None, below=None) -> None:

@@ -383,7 +383,8 @@ def test_help_explains_every_flag_under_a_heading(command):
     assert "Near-Future Policy Optimization" in done.stdout
     assert done.stdout.count("not in our sources") >= 5
     headings = re.findall(r"╭─ (\w+) options", done.stdout)
-    assert headings == ["run", "length", "machine", "batch", "update", "guide", "intervention"]
+    shared = ["model", "run", "length", "memory"]
+    assert headings == [*shared, "batch", "update", "guide", "intervention"]
     shown = re.sub(r"[│\s]+", " ", done.stdout)
     for name, (_, text) in flag_comments(NPOConfig).items():
         assert re.search(f"--{name.replace('_', '-')}[ ,]", shown)

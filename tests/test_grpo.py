@@ -319,8 +319,8 @@ def test_every_flag_has_a_help_text_under_a_heading(config_class):
     names = [field.name for field in dataclasses.fields(config_class)]
     assert not [name for name in names if name not in found], "write it beside the field, after #"
     headings = list(dict.fromkeys(found[name][0] for name in names))
-    assert headings[:5] == ["run", "length", "machine", "batch", "update"]
-    assert len(headings) == 5 + {GRPOConfig: 0, NPOConfig: 2, AutoNPOConfig: 2}.get(config_class, 1)
+    assert headings[:6] == ["model", "run", "length", "memory", "batch", "update"]
+    assert len(headings) == 6 + {GRPOConfig: 0, NPOConfig: 2, AutoNPOConfig: 2}.get(config_class, 1)
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)
