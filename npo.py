@@ -40,11 +40,10 @@ from grpo import GRPOConfig, update
 from plumbing import UsageError
 from plumbing.checkpoints import checkpoint_beside, checkpoint_path, checkpoint_state
 from plumbing.command import command_line, open_directory
-from plumbing.data import load_prompts
 from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
 from plumbing.report import report
 from plumbing.rollout import Completion, Group
-from plumbing.run import Run, rows_of_step
+from plumbing.run import Run, rows_of_steps
 from plumbing.settings import within
 
 
@@ -154,10 +153,8 @@ def ask_guide(config: NPOConfig, guide: str, first_step: int, path: Path) -> Gui
                 f"--guide {guide}: has no step to guide, from step {first_step} until step "
                 f"{until}; take a later checkpoint, or a larger --guided-until"
             )
-        count = len(load_prompts(config)[0])
-        steps = range(first_step, until + 1)
-        rows = [row for step in steps for row in rows_of_step(count, step, config)]
-        build_guide_cache(path, config, guide, list(dict.fromkeys(rows)), until)
+        rows = rows_of_steps(config, first_step, until)
+        build_guide_cache(path, config, guide, rows, until)
     cache = load_guide_cache(path, config, config.guided_until, config.is_correction)
     tqdm.write(f"{path}: {cache}")
     return cache

@@ -35,13 +35,12 @@ import verifier
 from grpo import GRPOConfig, update
 from plumbing import UsageError
 from plumbing.command import command_line, open_directory
-from plumbing.data import load_prompts
 from plumbing.guide_cache import build_guide_cache, load_guide_cache
 from plumbing.metrics import IS_CAP
 from plumbing.model import Policy
 from plumbing.report import report
 from plumbing.rollout import Completion, Group, Sample, log_q_of
-from plumbing.run import Run, rows_of_step
+from plumbing.run import Run, rows_of_steps
 from plumbing.settings import within
 from worlds import cards
 
@@ -148,10 +147,8 @@ def replaced_tokens(groups: list[Group], mixed: list[Group]) -> int:
 
 def ask_about_all(config, guide: str | Path, path: Path, keep: int = 1):
     """The guide cache for the prompts of all the run's steps."""
-    count = len(load_prompts(config)[0])
-    steps = range(1, config.steps + 1)
-    rows = [row for step in steps for row in rows_of_step(count, step, config)]
-    build_guide_cache(path, config, guide, list(dict.fromkeys(rows)), config.steps, keep)
+    rows = rows_of_steps(config, 1, config.steps)
+    build_guide_cache(path, config, guide, rows, config.steps, keep)
     return load_guide_cache(path, config)
 
 

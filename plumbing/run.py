@@ -65,6 +65,13 @@ def rows_of_step(count: int, step: int, config) -> list[int]:
     return [orders[place // count][place % count] for place in range(first, last)]
 
 
+def rows_of_steps(config, first: int, last: int) -> list[int]:
+    """All rows that these steps ask, each once, in the order in which they first come."""
+    count = len(load_prompts(config)[0])
+    rows = [row for step in range(first, last + 1) for row in rows_of_step(count, step, config)]
+    return list(dict.fromkeys(rows))
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """All whole lines; a last line that a kill cut short does not count."""
     path = Path(path)
