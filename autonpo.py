@@ -82,7 +82,7 @@ class AutoNPOConfig(GuidedConfig):
         for name in ("patience", "probe_samples", "cooldown"):
             within(self, name, least=1)
         within(self, "probe_prompts", least=MIN_SLICE)
-        within(self, "max_distance", least=self.save_every)  # nearer, no checkpoint lies
+        within(self, "max_distance", least=self.save_every, of="--save-every")
         within(self, "min_gain", above=0)
         for name in ("mistake_pass_rate", "entropy_drop", "confirm_pass_rate"):
             within(self, name, least=0, below=1)
@@ -256,7 +256,8 @@ def decide(run: Run, pool: MistakePool, reason: str, config: AutoNPOConfig) -> D
     for path in tqdm(checkpoints(run.out)[::-1], desc="V^", leave=False, delay=3):
         distance = run.step - step_of(path)
         of_slice = [rates[row] for row in pool.since(step_of(path)) if row in rates]
-        if 0 < distance <= config.max_distance and len(of_slice) >= MIN_SLICE:
+        regular = step_of(path) % config.save_every == 0  # not the last step before --steps grew
+        if regular and 0 < distance <= config.max_distance and len(of_slice) >= MIN_SLICE:
             quality[distance] = q = statistics.fmean(of_slice)
             variance[distance] = v = math.exp(token_kl(list(groups.values()), path, config))
             row = {"distance": distance, "prompts": len(of_slice), "quality": q, "variance": v}

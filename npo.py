@@ -85,9 +85,11 @@ class NPOConfig(GuidedConfig):
         super().check()
         within(self, "scout_steps", least=1)
         if self.late:
-            within(self, "plateau_start", least=1, below=min(self.plateau_end, self.steps))
+            end, of = min(self.plateau_end, self.steps), "--plateau-end, --steps"
+            within(self, "plateau_start", least=1, below=end, of=of)
         if self.guided_until is not None:
-            within(self, "guided_until", above=self.plateau_start if self.late else 0)
+            start = self.plateau_start if self.late else 0
+            within(self, "guided_until", above=start, of="--plateau-start" if self.late else "")
 
 
 # EXPERIMENT HERE: whose answer takes a slot, which slot, and when.

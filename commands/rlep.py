@@ -47,7 +47,8 @@ class RLEPConfig(GRPOConfig):
         super().check()
         for name in ("scout_steps", "guide_samples", "replays"):
             within(self, name, least=1)
-        within(self, "min_correct", least=self.replays, most=self.guide_samples)
+        of = "--replays, --guide-samples"
+        within(self, "min_correct", least=self.replays, most=self.guide_samples, of=of)
 
 
 def token_mean_update(run: Run, groups: list[Group], config: RLEPConfig) -> dict:

@@ -3,9 +3,9 @@
 import dataclasses
 import errno
 import inspect
+import itertools
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,15 +33,19 @@ def command_line(config_class, entry) -> None:
     except (UsageError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        tqdm.write("interrupted; the same command resumes")
+        tqdm.write(f"interrupted; {how_to_resume(config)} resumes")
         raise SystemExit(130) from None
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise SystemExit(
             f"error: no space left on the disk of --out {config.out}; nothing finished is lost: "
-            "free some, then the same command resumes"
+            f"free some, then {how_to_resume(config)} resumes"
         ) from None
+
+
+def how_to_resume(config) -> str:
+    return "the same command without --fresh" if config.fresh else "the same command"
 
 
 def read_flags(config_class, description: str | None, arguments: list[str] | None = None):
@@ -88,10 +92,15 @@ def open_directory(config, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"--out {out}: is a file, not a directory; choose another one") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"--out {out}: {error.strerror}; choose another one") from error
     inside = {path.name for path in out.iterdir()} - {"config.json.tmp"}
     if theirs is None and inside:
         raise UsageError(f"--out {out}: holds files but no run; choose another directory")
-    if inside - {"config.json"}:
+    written = {path.name for path in out.rglob("*") if path.is_file()}
+    if written - {"config.json", "config.json.tmp"}:  # else it never began: all may change
         differ = [
             name
             for name in mine
@@ -122,7 +131,7 @@ def stored_config(out: Path) -> dict | None:
 
 
 def start_over(config) -> None:
-    """--fresh: the run in --out becomes --out.old, in place of one that stands there."""
+    """--fresh: the run in --out becomes --out.old, or .old1 and so on: nothing is removed."""
     out = Path(config.out).resolve()
     if stored_config(out) is None:
         return
@@ -133,9 +142,5 @@ def start_over(config) -> None:
                 f"--fresh: --{flag} {getattr(config, flag)} lies in --out {out}, "
                 "the run that would be moved away"
             )
-    old = out.with_name(out.name + ".old")
-    if stored_config(old) is not None:
-        shutil.rmtree(old)
-    elif old.exists():
-        raise UsageError(f"--fresh: {old} exists and is no run; move it away")
-    out.rename(old)
+    names = (f"{out.name}.old{number or ''}" for number in itertools.count())
+    out.rename(next(out.with_name(name) for name in names if not out.with_name(name).exists()))

@@ -34,7 +34,7 @@ from plumbing.checkpoints import (
     step_of,
     write_aside,
 )
-from plumbing.command import open_directory
+from plumbing.command import how_to_resume, open_directory
 from plumbing.data import PromptSet, load_prompts
 from plumbing.memory import rehearse
 from plumbing.metrics import (
@@ -135,7 +135,9 @@ class Run:
         states = {path: checkpoint_state(path) for path in checkpoints(self.out)}
         newest = max(states, key=lambda path: lineage_key(states[path]), default=None)
         state = states.get(newest, {"step": self.start_step, "sampled_tokens": spent_tokens})
-        self.step, self.sampled_tokens = state["step"], state["sampled_tokens"]
+        self.step, self.spent_tokens = state["step"], spent_tokens
+        grown = spent_tokens - state.get("spent_tokens", spent_tokens)  # a cache for more steps
+        self.sampled_tokens = state["sampled_tokens"] + grown
         self.rollbacks = state.get("rollbacks", 0)
         self.memory = state.get("memory", {})  # what AutoNPO remembers, as plain data
         if self.rollbacks:
@@ -174,7 +176,8 @@ class Run:
                 f"{len(self.held_out)} held out | {trained:,} trained parameters"
             )
             if self.keep_back:
-                count = self.keep_back // config.save_every + 2
+                reach = config.steps if "all" in self._kept_steps() else self.keep_back
+                count = reach // config.save_every + 2
                 size = checkpoint_bytes(self.policy) / 1e9
                 tqdm.write(
                     f"keeps {count} checkpoints to go back to: {count * size:.3g} GB of disk"
@@ -190,7 +193,8 @@ class Run:
                 "grew too large, a lower --lr or --max-grad-norm helps"
             ) from error
         if kind is KeyboardInterrupt:
-            tqdm.write(f"\ninterrupted in step {now}; the same command resumes from {kept}")
+            again = how_to_resume(self.config)
+            tqdm.write(f"\ninterrupted in step {now}; {again} resumes from {kept}")
 
     # ----------------------------------------------------------------------- parts of the loops
 
@@ -295,6 +299,7 @@ class Run:
 
     def _state(self) -> dict:
         state = {"step": self.step, "sampled_tokens": self.sampled_tokens}
+        state["spent_tokens"] = self.spent_tokens
         if self.memory:
             state |= {"rollbacks": self.rollbacks, "memory": self.memory}
         return state

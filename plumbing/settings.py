@@ -58,6 +58,8 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises UsageError for the first value that makes no sense."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"--device {self.device}: must be auto, cpu, cuda or cuda:N")
         if self.sampler == "vllm" and not vllm_installed():
             raise UsageError(
                 "--sampler vllm: vllm is not installed; pip install -r requirements-gpu.txt, "
@@ -117,8 +119,11 @@ class RunConfig(ModelConfig):
             raise UsageError(f"--keep {self.keep}: must be all, none, or steps as in 40,100")
 
 
-def within(config, name: str, least=None, most=None, above=None, below=None) -> None:
-    """Raises UsageError where a value lies outside its range, and says which range that is."""
+def within(config, name: str, least=None, most=None, above=None, below=None, of="") -> None:
+    """Raises UsageError where a value lies outside its range, and says which range that is.
+
+    `of` names the flags that the limits come from.
+    """
     value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
     wanted = [
         (least, "at least", lambda: value >= least),
@@ -129,7 +134,7 @@ def within(config, name: str, least=None, most=None, above=None, below=None) -> 
     wanted = [(limit, word, holds) for limit, word, holds in wanted if limit is not None]
     if not all(holds() for _, _, holds in wanted):  # also for nan, which compares with nothing
         limits = " and ".join(f"{word} {limit:g}" for limit, word, _ in wanted)
-        raise UsageError(f"{flag} {value}: must be {limits}")
+        raise UsageError(f"{flag} {value}: must be {limits}{of and f' ({of})'}")
 
 
 def vllm_installed() -> bool:

@@ -207,25 +207,21 @@ def test_what_never_began_does_not_claim_a_directory(tmp_path):
             act()
 
 
-def test_starting_over_moves_the_run_away(tmp_path):
+def test_starting_over_moves_the_run_away_and_removes_nothing(tmp_path):
+    (tmp_path / "run.old").write_text("precious")
     for seed in (1, 2, 3):
         config = GRPOConfig(out=str(tmp_path / "run"), seed=seed, fresh=True)
         start_over(config)
         entered(config)
-    seeds = [
-        json.loads((tmp_path / n / "config.json").read_text())["seed"] for n in ("run.old", "run")
-    ]
-    assert seeds == [2, 3] and len(list(tmp_path.iterdir())) == 2
+    names = ("run.old1", "run.old2", "run")
+    seeds = [json.loads((tmp_path / n / "config.json").read_text())["seed"] for n in names]
+    assert seeds == [1, 2, 3] and (tmp_path / "run.old").read_text() == "precious"
     inside = {"model": str(tmp_path / "run/checkpoints/x"), "dataset": "cards"}
     with pytest.raises(UsageError, match="--fresh: --model .*/x lies in --out"):
         start_over(GRPOConfig(out=str(tmp_path / "run"), **inside))
     with pytest.raises(UsageError, match="--fresh: --guide .* lies in --out"):
         start_over(NPOConfig(out=str(tmp_path / "run"), guide=str(tmp_path / "run/guide.jsonl")))
     assert (tmp_path / "run/metrics.jsonl").exists()
-    shutil.rmtree(tmp_path / "run.old")
-    (tmp_path / "run.old").write_text("precious")
-    with pytest.raises(UsageError, match="run.old exists and is no run; move it away"):
-        start_over(GRPOConfig(out=str(tmp_path / "run")))
 
 
 def test_other_peoples_files_are_left_alone(tmp_path):
