@@ -67,14 +67,14 @@ class AutoNPOConfig(GuidedConfig):
     eval_every: int = 10  # steps between evaluations
     save_every: int = 10  # steps between checkpoints, warnings and distances D
     # Trigger
-    mistake_pass_rate: float = 0.25  # a prompt enters the pool up to this; not in our sources
+    mistake_pass_rate: float = 0.25  # at or below it a prompt enters the pool; not in our sources
     max_distance: int = 100  # largest D that is considered; not in our sources
     patience: int = 20  # steps without a gain, then reward stagnates; not in our sources
     min_gain: float | None = None  # of reward [cards 0.04, else 0.01]; not in our sources
     entropy_drop: float = 0.3  # share of its peak that entropy loses; not in our sources
     probe_prompts: int = 128  # of the pool, asked to confirm; not in our sources
     probe_samples: int = 4  # answers to each; not in our sources
-    confirm_pass_rate: float = 0.2  # mean, from which they count as solved; not in our sources
+    confirm_pass_rate: float = 0.2  # of the probe, to confirm the warning; not in our sources
     cooldown: int = 30  # steps without a warning after a probe or replay; not in our sources
 
     def check(self) -> None:

@@ -52,7 +52,7 @@ class GuidedConfig(GRPOConfig):
     # Guide
     gate: float = 0.6  # tau: a slot is replaced if the pass-rate is at most this
     guide_samples: int = 8  # the guide's answers to a prompt; not in our sources
-    is_correction: bool = True  # ratio pi_theta / pi_guide; else to the policy itself: 1 at first
+    is_correction: bool = True  # ratio pi_theta / pi_guide; off: it starts at 1
 
     def check(self) -> None:
         super().check()

@@ -288,6 +288,8 @@ def open_dataset(name: str):
     import datasets  # takes a second to import, and the cards do without
 
     kind = FILE_TYPES.get(Path(name).suffix)
+    if kind and not Path(name).is_file():
+        raise UsageError(f"--dataset {name}: there is no such file")
     if Path(name).is_file() and not kind:
         raise UsageError(f"--dataset {name}: cannot be read; only {', '.join(FILE_TYPES)} can")
     try:

@@ -129,14 +129,12 @@ def step_line(metrics: dict, steps: int, prompts_per_step: int) -> str:
 
 def transcript(step: int, groups: list[Group], mixed: list[Group]) -> dict:
     """One slot of one group, before and after replacement: a replaced one if there is any."""
-    pairs = [
-        (group, before, after)
-        for group, of_mixed in zip(groups, mixed)
-        for before, after in zip(group.completions, of_mixed.completions)
-    ]
-    replaced = [pair for pair in pairs if pair[2].source != "policy"]
-    last_slot = (groups[0], groups[0].completions[-1], mixed[0].completions[-1])
-    group, before, after = replaced[0] if replaced else last_slot
+    group, before, after = groups[0], groups[0].completions[-1], None
+    for asked, trained in zip(groups, mixed):
+        others = [c for c in trained.completions if c.source != "policy"]
+        gone = [c for c in asked.completions if all(c is not kept for kept in trained.completions)]
+        if others and gone and after is None:
+            group, before, after = asked, gone[0], others[0]
     content = group.prompt.messages[-1]["content"]
     line = {
         "step": step,
@@ -147,6 +145,6 @@ def transcript(step: int, groups: list[Group], mixed: list[Group]) -> dict:
         "policy": before.text,
         "reward": before.reward,
     }
-    if replaced:
+    if after:
         line |= {"guide": after.text, "source": after.source}
     return line

@@ -77,7 +77,7 @@ def beside_scout(out: Path, scout: Path, name: str) -> dict:
         speed_up = alone / guided if guided else None
         found[f"to_goal/{key}"] = {"scout": alone, "guided": guided, "speed_up": speed_up}
     steps, tokens = found["to_goal/step"], found["to_goal/sampled_tokens"]
-    if not steps["guided"]:
+    if not (steps["scout"] and steps["guided"]):
         verb = "started at" if steps["guided"] == 0 else "did not reach"
         tqdm.write(f"{name} {verb} {goal:.3f}.")
     else:

@@ -32,7 +32,7 @@ class ModelConfig:
     # Model
     model: str = "cards"  # "cards" (the tiny base), a hub id, or a save_pretrained folder
     device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm where it and cuda are, not for cards]
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm if installed, on CUDA; not for cards]
 
     def __post_init__(self):
         if self.sampler == "auto":

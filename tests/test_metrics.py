@@ -1,5 +1,6 @@
 """Every logged number by hand, of completions and groups that are made up."""
 
+import dataclasses
 import math
 
 import pytest
@@ -110,3 +111,15 @@ def test_the_transcript_shows_a_replaced_slot_beside_what_it_replaced():
     shown = ("prompt_id", "policy", "reward", "guide", "source", "gold", "step")
     expected = ("b", "answer 1", 0.1, "guided", "guide@9", "0", 3)
     assert tuple(line[name] for name in shown) == expected
+
+
+def test_the_transcript_of_another_slot_shows_the_answer_that_went():
+    """An edited `replace_slot` may drop any slot and keep the others in another order."""
+    group = group_of([0.0, 1.0, 0.0])
+    group.prompt.messages.append({"role": "user", "content": [{"type": "text", "text": "?"}]})
+    for slot, completion in enumerate(group.completions):
+        completion.text, completion.reward = f"slot {slot}", float(slot)
+    guide = Completion("p", [1], [-1.0], "guide's", True, "guide@9", accuracy=1.0, reward=1.0)
+    kept = [group.completions[2], guide, group.completions[1]]
+    line = metrics.transcript(4, [group], [dataclasses.replace(group, completions=kept)])
+    assert (line["policy"], line["reward"], line["guide"]) == ("slot 0", 0.0, "guide's")
