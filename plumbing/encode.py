@@ -16,7 +16,9 @@ VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "v
 
 def load_tokenizer(path: str | Path):
     if str(path).count("/") > 1 and not Path(path).is_dir():  # a hub id has one
-        raise UsageError(f"model {path}: there is no such folder")
+        raise UsageError(
+            f"model {path}: there is no such folder; give a hub id or a save_pretrained folder"
+        )
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
