@@ -70,7 +70,7 @@ class AutoNPOConfig(GuidedConfig):
     mistake_pass_rate: float = 0.25  # at or below it a prompt enters the pool; not in our sources
     max_distance: int = 100  # largest D that is considered; not in our sources
     patience: int = 20  # steps without a gain, then reward stagnates; not in our sources
-    min_gain: float | None = None  # of reward [cards 0.04, else 0.01]; not in our sources
+    min_gain: float | None = None  # of reward [worlds 0.04, else 0.01]; not in our sources
     entropy_drop: float = 0.3  # share of its peak that entropy loses; not in our sources
     probe_prompts: int = 128  # of the pool, asked to confirm; not in our sources
     probe_samples: int = 4  # answers to each; not in our sources
@@ -282,7 +282,7 @@ def intervene(run: Run, memory: Memory, reason: str, config: AutoNPOConfig) -> M
     if made.distance:
         rows, guide = memory.pool.since(step_of(start)), checkpoint_path(run.out, now)
         path = cache_path(run.out, now)
-        build_guide_cache(path, config, guide, rows, now, sampler=run.sampler)
+        build_guide_cache(path, config, guide, rows, now, config.slots, run.sampler)
         cache = load_guide_cache(path, config)
         run.sampled_tokens += cache.sampled_tokens
         answered = f"{len(cache.answers)} of {len(rows)} mistakes"
@@ -313,7 +313,8 @@ def train(config: AutoNPOConfig, out: Path) -> None:
             step = run.step + 1
             groups = run.sample(step)  # P groups of G completions
             verifier.score(groups)
-            guides = [memory.cache.answer(group.prompt.id, step) for group in groups]
+            cache, slots = memory.cache, config.slots
+            guides = [cache.answers_to(group.prompt.id, step, slots) for group in groups]
             mixed = [replace_slot(g, guide, config.gate) for g, guide in zip(groups, guides)]
             stats = update(run.policy, run.optimizer, mixed, config)
             stats |= memory.observe(step, run.rows(step), groups, config)

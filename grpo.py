@@ -38,13 +38,13 @@ class GRPOConfig(RunConfig):
     # Batch
     prompts_per_step: int = 8  # P (the NPO authors: 256)
     group_size: int = 8  # G, the paper's n
-    max_new_tokens: int | None = None  # longest answer [cards 64, else 4096]
+    max_new_tokens: int | None = None  # longest answer [worlds 80, else 4096]
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     # Update
     updates_per_batch: int = 1  # optimizer steps on each batch
     clip_low: float = 0.2  # the ratio's clip range is 1 - clip_low ...
     clip_high: float = 0.28  # ... to 1 + clip_high
-    lr: float | None = None  # of AdamW, constant [cards 1e-4, else 1e-6; LoRA x 10]
+    lr: float | None = None  # of AdamW, constant [worlds 1e-4, else 1e-6; LoRA x 10]
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
 

@@ -24,6 +24,7 @@ averaged teacher. Three interventions are the same act at different times:
     python npo.py                                     # the cards world
     python npo.py --intervention late --out runs/late
     python npo.py --guide runs/grpo/checkpoints/step_000040 --out runs/guided
+    python npo.py --guide self --out runs/self        # D = 0: the control, no future at all
     python npo.py --model Qwen/Qwen3-VL-8B-Instruct --out runs/8b
 """
 
@@ -43,7 +44,7 @@ from plumbing.command import command_line, open_directory
 from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
 from plumbing.report import report
 from plumbing.rollout import Completion, Group
-from plumbing.run import Run, rows_of_steps
+from plumbing.run import Run, rows_of_steps, sampled_tokens
 from plumbing.settings import within
 
 
@@ -52,12 +53,14 @@ class GuidedConfig(GRPOConfig):
     # Guide
     gate: float = 0.6  # tau: a slot is replaced if the pass-rate is at most this
     guide_samples: int = 8  # the guide's answers to a prompt; not in our sources
+    slots: int = 1  # K: the guide's first K verified answers take the last K slots
     is_correction: bool = True  # ratio pi_theta / pi_guide; off: it starts at 1
 
     def check(self) -> None:
         super().check()
         within(self, "gate", least=0, most=1)
         within(self, "guide_samples", least=1)
+        within(self, "slots", least=1, below=self.group_size, of="--group-size")
 
 
 @dataclass
@@ -69,8 +72,8 @@ class NPOConfig(GuidedConfig):
     scout_steps: int = 40  # early, early+late: steps ahead; not in our sources
     plateau_start: int = 240  # late, early+late: step to go back to; not in our sources
     plateau_end: int = 320  # late, early+late: last step of the scout; not in our sources
-    guide: str | None = None  # in place of a scout: a checkpoint (late: of a run) or a guide.jsonl
-    guided_until: int | None = None  # last guided step [the guide's own; of a model, --steps]
+    guide: str | None = None  # no scout: a checkpoint (late: of a run), a guide.jsonl, or self
+    guided_until: int | None = None  # last guided step [the guide's; of self or a model, --steps]
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,32 +87,64 @@ class NPOConfig(GuidedConfig):
     def check(self) -> None:
         super().check()
         within(self, "scout_steps", least=1)
+        if self.late and (self.guide == "self" or self.start):
+            flag = "--guide self" if self.guide == "self" else f"--start {self.start}"
+            raise UsageError(
+                f"{flag}: a {self.intervention} replay starts at --plateau-start and has a later "
+                "checkpoint as its guide; leave --intervention out"
+            )
         if self.late:
             end, of = min(self.plateau_end, self.steps), "--plateau-end, --steps"
             within(self, "plateau_start", least=1, below=end, of=of)
         if self.guided_until is not None:
-            start = self.plateau_start if self.late else 0
-            within(self, "guided_until", above=start, of="--plateau-start" if self.late else "")
+            start = self.plateau_start if self.late else self.start_step
+            within(self, "guided_until", above=start, of="where the replay starts" if start else "")
 
 
 # EXPERIMENT HERE: whose answer takes a slot, which slot, and when.
-def replace_slot(group: Group, guide: Completion | None, gate: float = 0.6) -> Group:
+def replace_slot(
+    group: Group, guide: Completion | list[Completion] | None, gate: float = 0.6
+) -> Group:
     """Gives the last slot to the guide's answer, even if that slot was right,
     where there is one and at most `gate` of all G answers are right.
 
-    Returns the group itself or a changed copy; the argument stays as it is.
+    A list of K answers takes the last K slots, by one decision of the gate. Returns the group
+    itself or a changed copy; the argument stays as it is.
     """
-    if guide is None or group.pass_rate > gate:
+    guides = guide if isinstance(guide, list) else [guide] if guide else []
+    if not guides or group.pass_rate > gate:
         return group
-    return dataclasses.replace(group, completions=[*group.completions[:-1], guide])
+    return dataclasses.replace(group, completions=[*group.completions[: -len(guides)], *guides])
 
 
-def train(config: NPOConfig, out: Path, cache: GuideCache, start: Path | None) -> None:
+def answers_for(
+    groups: list[Group], step: int, cache: GuideCache, run: Run
+) -> list[list[Completion]]:
+    """The guide's verified answers to each group's prompt, at most `--slots` of them.
+
+    With `--guide self` the policy is its own guide, D = 0: where the gate opens, it is asked
+    `--guide-samples` more times.
+    """
+    config = run.config
+    if config.guide != "self":
+        return [cache.answers_to(group.prompt.id, step, config.slots) for group in groups]
+    guided = step <= (config.guided_until or config.steps)
+    opened = [guided and group.pass_rate <= config.gate for group in groups]
+    rows = [row for row, again in zip(run.rows(step), opened) if again]
+    asked = list(run.ask(run.train_prompts, rows, config.guide_samples, "ask again", step))
+    run.sampled_tokens += sampled_tokens(asked)
+    for answer in (answer for group in asked for answer in group.completions):
+        answer.source = f"guide@{step}"
+    found = iter(asked)
+    return [next(found).verified[: config.slots] if again else [] for again in opened]
+
+
+def train(config: NPOConfig, out: Path, cache: GuideCache, start: str | Path | None) -> None:
     with Run(config, out, start, cache.spent_tokens) as run:
         for step in run.steps():
             groups = run.sample(step)  # P groups of G completions
             verifier.score(groups)
-            guides = [cache.answer(group.prompt.id, step) for group in groups]
+            guides = answers_for(groups, step, cache, run)
             mixed = [replace_slot(g, guide, config.gate) for g, guide in zip(groups, guides)]
             stats = update(run.policy, run.optimizer, mixed, config)
             run.end_step(step, groups, stats, mixed)
@@ -118,11 +153,13 @@ def train(config: NPOConfig, out: Path, cache: GuideCache, start: Path | None) -
 def intervene(config: NPOConfig, out: Path) -> None:
     """Goes ahead, asks the guide, goes back, replays. Resumes where it was stopped."""
     open_directory(config, out)
-    guide = config.guide or go_ahead(config, out / "scout")
-    start, first_step = None, 1  # None: the base
-    if config.late:
-        start, first_step = checkpoint_beside(guide, config.plateau_start), config.plateau_start + 1
-    cache = ask_guide(config, guide, first_step, out / "guide.jsonl")
+    cache, start = GuideCache(), config.start  # None: the base
+    if config.guide != "self":
+        guide = config.guide or go_ahead(config, out / "scout")
+        if config.late:
+            start = checkpoint_beside(guide, config.plateau_start)
+        first_step = checkpoint_state(start)["step"] + 1 if start else 1
+        cache = ask_guide(config, guide, first_step, out / "guide.jsonl")
     train(config, out, cache, start)
 
 
@@ -132,7 +169,7 @@ def go_ahead(config: NPOConfig, out: Path) -> str:
     It is plain GRPO, which ignores the flags of the guide; for early+late it is
     an early NPO run with a scout of its own.
     """
-    steps = config.plateau_end if config.late else config.scout_steps
+    steps = config.plateau_end if config.late else config.start_step + config.scout_steps
     keep = f"{config.keep},{config.plateau_start}" if config.late else config.keep
     changes = {"intervention": "early", "guided_until": None, "steps": steps, "keep": keep}
     scout = dataclasses.replace(config, out=str(out), **changes)
@@ -156,7 +193,7 @@ def ask_guide(config: NPOConfig, guide: str, first_step: int, path: Path) -> Gui
                 f"{until}; take a later checkpoint, or a larger --guided-until"
             )
         rows = rows_of_steps(config, first_step, until)
-        build_guide_cache(path, config, guide, rows, until)
+        build_guide_cache(path, config, guide, rows, until, config.slots)
     cache = load_guide_cache(path, config, config.guided_until, config.is_correction)
     tqdm.write(f"{path}: {cache}")
     return cache

@@ -1,4 +1,4 @@
-"""A checkpoint on the paper's eight benchmarks, or on the cards world by difficulty.
+"""A checkpoint on the paper's eight benchmarks, or on an embedded world by difficulty.
 
     python -m commands.evaluate  # the cards world's base, by number of cards and carries
     python -m commands.evaluate --model runs/npo/checkpoints/step_000100 --benchmarks cards
@@ -33,40 +33,40 @@ from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, Item, Unaskable, all_r
 from plumbing import UsageError, vllm_sampler
 from plumbing.checkpoints import write_aside
 from plumbing.command import command_line
-from plumbing.data import card_prompts
+from plumbing.data import world_prompts
 from plumbing.lora import base_model_of
 from plumbing.model import Policy
 from plumbing.rollout import Prompt, batched
 from plumbing.run import derived_seed, read_jsonl
-from plumbing.settings import ModelConfig, within
+from plumbing.settings import WORLDS, ModelConfig, within
 from worlds import cards
 
 
 @dataclass
 class EvaluateConfig(ModelConfig):
     # Data
-    benchmarks: str | None = None  # as in mmstar,mathvista [cards for model cards, else all eight]
+    benchmarks: str | None = None  # as in mmstar,mathvista, or a world [the model's, else eight]
     limit: int | None = None  # the first so many problems of each [all]
     data_dir: str | None = None  # folder of NAME.parquet files or of copies NAME/ [the hub]
     out: str | None = None  # for predictions.jsonl, scores.json, table.md [runs/evaluate/MODEL]
     # Sampling
     samples: int = 1  # K answers to each item
     temperature: float = 1.0  # as in training; that of the paper is not in our sources
-    max_new_tokens: int | None = None  # longest answer [cards 64, else 4096]
-    batch_size: int | None = None  # answers at a time [cards 64, else 16; with vllm 256]
+    max_new_tokens: int | None = None  # longest answer [worlds 80, else 4096]
+    batch_size: int | None = None  # answers at a time [worlds 64, else 16; with vllm 256]
     seed: int = 0  # of sampling
 
     dry_run = fresh = False  # of training; `command_line` asks for them
 
     def __post_init__(self):
         if self.benchmarks is None:
-            self.benchmarks = "cards" if self.model == "cards" else ",".join(BENCHMARKS)
+            self.benchmarks = self.model if self.model in WORLDS else ",".join(BENCHMARKS)
         super().__post_init__()
         self.out = self.out or f"runs/evaluate/{Path(self.model).name}"
         if self.max_new_tokens is None:
-            self.max_new_tokens = 64 if self.on_cards else 4096
+            self.max_new_tokens = 80 if self.in_world else 4096
         if self.batch_size is None:
-            self.batch_size = 64 if self.on_cards else 256 if self.sampler == "vllm" else 16
+            self.batch_size = 64 if self.in_world else 256 if self.sampler == "vllm" else 16
 
     @property
     def names(self) -> list[str]:
@@ -74,12 +74,12 @@ class EvaluateConfig(ModelConfig):
         return list(dict.fromkeys(name for name in named if name))
 
     @property
-    def on_cards(self) -> bool:
-        return self.names == ["cards"]
+    def in_world(self) -> bool:
+        return all(name in WORLDS for name in self.names)
 
     def check(self) -> None:
         super().check()
-        known = ["cards", *BENCHMARKS]
+        known = [*WORLDS, *BENCHMARKS]
         unknown = [name for name in self.names if name not in known]
         if unknown or not self.names:
             problem = f"no benchmark is called {unknown[0]!r}" if unknown else "names none"
@@ -98,10 +98,13 @@ class EvaluateConfig(ModelConfig):
 
 def asked_items(config: EvaluateConfig) -> dict[str, list[Item]]:
     """All items of each benchmark; those beyond --limit are left out later."""
-    items = {name: items_of(name, config.data_dir) for name in config.names if name != "cards"}
-    if "cards" in config.names:
-        prompts = card_prompts("held_out", cards.hands("held_out"))
-        items["cards"] = [Item(p.id, p.id, "", lambda p=p: p) for p in prompts]
+    items = {}
+    for name in config.names:
+        if name in WORLDS:
+            prompts = world_prompts(name, "held_out")
+            items[name] = [Item(p.id, p.id, "", lambda p=p: p) for p in prompts]
+        else:
+            items[name] = items_of(name, config.data_dir)
     return items
 
 
@@ -270,12 +273,12 @@ def table(model: str, samples: int, found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def cards_table(scores: list[list[float]]) -> str:
-    """The cards world by number of cards and of carries."""
+def world_table(name: str, scores: list[list[float]]) -> str:
+    """A world by number of cards and of carries."""
     samples, hands = len(scores[0]), cards.hands("held_out")[: len(scores)]
     keys = ("avg", "pass") if samples > 1 else ("avg",)
     titles = [f"{key}@{samples}, %" for key in keys]
-    lines = [table_row("cards", "hands", *titles), "|---" * (len(keys) + 2) + "|"]
+    lines = [table_row(name, "hands", *titles), "|---" * (len(keys) + 2) + "|"]
     for label_of in (
         lambda hand: "all",
         lambda hand: f"{len(hand.digits)} cards",
@@ -303,7 +306,7 @@ def main(config: EvaluateConfig) -> None:
     for name, some in items.items():
         scores, counts = score(name, some, lines)
         found[name] = summary(scores) | counts
-        texts += [cards_table(scores)] if name == "cards" else []
+        texts += [world_table(name, scores)] if name in WORLDS else []
     if found.keys() & BENCHMARKS.keys():
         texts.append(table(config.model, config.samples, found))
     kept = {"model": config.model, "samples": config.samples, "benchmarks": found}

@@ -55,6 +55,8 @@ class LUFFYConfig(GRPOConfig):
     gamma: float = 0.1  # of the weight
     entropy_coef: float = 0.001  # weight of the entropy bonus
 
+    keeps_its_manner = False  # the teacher comes to right answers in another way
+
     def check(self) -> None:
         super().check()
         within(self, "gamma", above=0)  # w / (w + 0) is 1 and has no gradient
@@ -147,7 +149,7 @@ def replaced_tokens(groups: list[Group], mixed: list[Group]) -> int:
 
 def ask_about_all(config, guide: str | Path, path: Path, keep: int = 1):
     """The guide cache for the prompts of all the run's steps."""
-    rows = rows_of_steps(config, 1, config.steps)
+    rows = rows_of_steps(config, config.start_step + 1, config.steps)
     build_guide_cache(path, config, guide, rows, config.steps, keep)
     return load_guide_cache(path, config)
 

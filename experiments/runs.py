@@ -34,7 +34,8 @@ from plumbing.run import current_lineage, read_jsonl
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RUNS = "experiments/runs"
-SCOUT, WINDOW, STEPS = 40, 60, 200  # npo.py's default; steps of "early"; steps of "compare"
+SCOUT, WINDOW, LONG = 40, 60, 140  # npo.py's default; steps of "early", and of its GRPO
+STEPS = 200  # of "compare"
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ def guide(row: str, step: int) -> str:
     return f"--guide {{runs}}/{row}-{{seed}}/checkpoints/step_{step:06d}"
 
 
-# GRPO, NPO whose guide is GRPO's own step 40, and GRPO at NPO's number of sampled tokens
+# GRPO, which goes on for as many tokens as the others sample; NPO whose guide is GRPO's own step 40;
+# and the two controls without a future: the policy asked again (D = 0), and twice the answers
 EARLY = [
-    Run("grpo", f"grpo.py --steps {WINDOW} --save-every 10"),
+    Run("grpo", f"grpo.py --steps {LONG}"),
     Run("early", f"npo.py --steps {WINDOW} {guide('grpo', SCOUT)}", needs="grpo"),
-    Run("long", "grpo.py --steps 160 --eval-every 20"),
+    Run("self", f"npo.py --steps {WINDOW} --guide self --guided-until {SCOUT}"),
+    Run("grpo-16", f"grpo.py --steps {WINDOW} --group-size 16"),
 ]
 
 # The paper's comparison at the scale of the cards world: where should guidance come from? GRPO's
@@ -85,7 +88,7 @@ COMPARE = [
 ]
 
 # Group -> its result file, and its rows, each after the row that it needs
-GROUPS = {"early": ("claims", EARLY), "compare": ("compare", COMPARE)}
+GROUPS = {"early": ("early", EARLY), "compare": ("compare", COMPARE)}
 
 
 def planned(group: str, seeds: list[int]) -> list[Run]:

@@ -135,7 +135,7 @@ def start_over(config) -> None:
     out = Path(config.out).resolve()
     if stored_config(out) is None:
         return
-    for flag in ("model", "dataset", "guide"):
+    for flag in ("model", "dataset", "guide", "start"):
         path = Path(getattr(config, flag, None) or ".").resolve()
         if out == path or out in path.parents:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Prompts: from the cards world, or from any data set of questions and answers.
+"""Prompts: from an embedded world, or from any data set of questions and answers.
 
 `Prompt.id` is the data set's fingerprint (a hash of all its questions and golds) and the row. It
 means the same prompt in every run, on every machine, so a guide cache is only ever used with the
@@ -22,6 +22,7 @@ import verifier
 from plumbing import UsageError
 from plumbing.encode import MAX_IMAGES, image_parts, load_tokenizer, prompt_length
 from plumbing.rollout import Prompt
+from plumbing.settings import WORLDS
 from worlds import cards
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -72,9 +73,8 @@ def load_prompts(config) -> tuple[PromptSet, PromptSet]:
 
 @functools.lru_cache(maxsize=2)
 def _load_prompts(dataset: str, columns: str, eval_prompts: int, max_tokens: int, model: str):
-    if dataset == "cards":
-        held_out = cards.hands("held_out")[:eval_prompts]
-        return card_prompts("train", cards.hands("train")), card_prompts("held_out", held_out)
+    if dataset in WORLDS:
+        return world_prompts(dataset, "train"), world_prompts(dataset, "held_out", eval_prompts)
     names = COLUMNS | parse_columns(HUB_COLUMNS.get(dataset, "")) | parse_columns(columns)
     rows = open_dataset(dataset)
     if len(rows) <= eval_prompts:
@@ -93,12 +93,18 @@ def _load_prompts(dataset: str, columns: str, eval_prompts: int, max_tokens: int
     return tuple(sets)
 
 
-def card_prompts(split: str, hands: list[cards.Hand]) -> PromptSet:
+def world_prompts(name: str, split: str, count: int | None = None) -> PromptSet:
+    """The first `count` prompts of a world. Gold is the whole working, but in cards_lax."""
+    hands = cards.hands(split)[:count]
+
     def make(id: str, hand: cards.Hand) -> Prompt:
-        return Prompt(id, cards.messages(hand), [cards.draw(hand)], str(hand.total))
+        messages, images = cards.messages(hand), [cards.draw(hand)]
+        if name == "cards_lax":
+            return Prompt(id, messages, images, str(hand.total), working=hand.working)
+        return Prompt(id, messages, images, hand.working)
 
     asked = ((cards.question(hand), hand.digits) for hand in hands)
-    return PromptSet(f"cards-{split}-{fingerprint(asked)}", hands, make, range(len(hands)))
+    return PromptSet(f"{name}-{split}-{fingerprint(asked)}", hands, make, range(len(hands)))
 
 
 def dataset_prompts(

@@ -67,6 +67,17 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
 
 
+def check_start(start: str | Path, model: str | Path) -> None:
+    """UsageError if a checkpoint is not one of `model`: it has other tokens or another size."""
+    sizes, tokens = [], []
+    for path in (start, model):
+        text = AutoConfig.from_pretrained(base_model_of(path)).text_config
+        sizes.append((text.hidden_size, text.num_hidden_layers))
+        tokens.append(tokenizer_fingerprint(load_tokenizer(path)))
+    if sizes[0] != sizes[1] or tokens[0] != tokens[1]:
+        raise UsageError(f"--start {start}: is no checkpoint of --model {model}")
+
+
 def encode(prompt: Prompt, tokenizer, image_processor, image_token_id: int) -> EncodedPrompt:
     """Renders the chat template and repeats each image token once for every visual token."""
     ids = placeholder_ids(prompt, tokenizer, image_token_id)

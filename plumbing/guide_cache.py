@@ -38,10 +38,9 @@ class GuideCache:
         """With those of the guide's own training."""
         return self.sampled_tokens + self.header.get("guide_sampled_tokens", 0)
 
-    def answer(self, prompt_id: str, step: int) -> Completion | None:
-        """The guide's answer to a prompt; None if it has none, or after the last guided step."""
-        answers = self.answers.get(prompt_id) if step <= self.until else None
-        return answers[0] if answers else None
+    def answers_to(self, prompt_id: str, step: int, slots: int = 1) -> list[Completion]:
+        """The guide's first `slots` answers to a prompt; none after the last guided step."""
+        return self.answers.get(prompt_id, [])[:slots] if step <= self.until else []
 
     def __str__(self) -> str:
         solved, prompts = len(self.answers), self.header["prompts"]
@@ -111,14 +110,12 @@ def build_guide_cache(
 
 
 def line_of(group: Group, guide_step: int, keep: int) -> dict:
-    """A prompt's line. An answer that was cut off is no answer, even if it has a right box."""
-    right = [c for c in group.completions if c.accuracy == 1 and c.finished][:keep]
     source = {"source": f"guide@{guide_step}", "exact": True}  # its recorded log-probs are its own
     return {
         "prompt_id": group.prompt.id,
         "pass_rate": group.pass_rate,
         "sampled_tokens": sampled_tokens([group]),
-        "answers": [asdict(c) | source for c in right],
+        "answers": [asdict(c) | source for c in group.verified[:keep]],
     }
 
 

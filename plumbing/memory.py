@@ -50,7 +50,7 @@ def counted(config, dtype: torch.dtype) -> dict[str, int]:
 
 def show(config) -> None:
     """Prints what the run takes, and on which GPU it cannot fit."""
-    elsewhere = not config.on_cards and not config.on_gpu  # planned for a GPU somewhere else
+    elsewhere = not config.in_world and not config.on_gpu  # planned for a GPU somewhere else
     dtype = "bf16" if elsewhere else config.dtype
     vllm = config.sampler == "vllm" or elsewhere
     need = counted(config, DTYPES[dtype])
@@ -59,7 +59,7 @@ def show(config) -> None:
     for name in ("weights", "gradients", "moments"):
         print(f"{name:10} {need[name] / GIB:7.1f} GiB")
     print(f"checkpoint {need['checkpoint'] / GIB:7.1f} GiB on the disk of {Path(config.out)}")
-    if config.on_cards and not config.on_gpu:
+    if config.in_world and not config.on_gpu:
         return
     training = need["weights"] + need["gradients"] + need["moments"]
     share = config.vllm_memory if vllm else 0.0

@@ -66,13 +66,22 @@ def summary(key: str, values: torch.Tensor, *names: str) -> dict[str, float]:
 
 
 def guide_metrics(step: int, mixed: list[Group]) -> dict:
-    """How many of the trained groups hold another policy's answer, and from how far ahead."""
+    """How many of the trained groups hold a guide's answer, from how far ahead, and how lucky.
+
+    An answer is lucky if its end is right and its working is not: known where a world knows both.
+    """
     others = [[c.source for c in g.completions if c.source != "policy"] for g in mixed]
     found = {"npo/guide_frac": sum(map(bool, others)) / len(mixed)}
     steps = [source.partition("@")[2] for of_group in others for source in of_group]
     if ahead := [int(guide_step) - step for guide_step in steps if guide_step]:
         found["npo/distance"] = statistics.fmean(ahead)
-    return found
+    lucky = [
+        not c.text.startswith(group.prompt.working)
+        for group in mixed
+        for c in group.completions
+        if group.prompt.working and c.source != "policy"
+    ]
+    return found | ({"npo/guide_lucky": statistics.fmean(lucky)} if lucky else {})
 
 
 def answer_metrics(groups: list[Group]) -> dict:

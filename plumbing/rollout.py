@@ -20,6 +20,7 @@ class Prompt:
     images: list[Image.Image]
     gold: str
     choices: list[str] | None = None
+    working: str | None = None  # how a right answer begins, if the verifier sees only its end
 
 
 @dataclass
@@ -58,6 +59,11 @@ class Group:
     def pass_rate(self) -> float:
         """Mean accuracy (not reward) over all G completions."""
         return sum(completion.accuracy for completion in self.completions) / len(self.completions)
+
+    @property
+    def verified(self) -> list[Completion]:
+        """The right ones. An answer that was cut off is no answer, even if it has a right box."""
+        return [c for c in self.completions if c.accuracy == 1 and c.finished]
 
 
 @dataclass

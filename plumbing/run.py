@@ -13,6 +13,7 @@ import hashlib
 import json
 import random
 import shutil
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from plumbing.checkpoints import (
 )
 from plumbing.command import how_to_resume, open_directory
 from plumbing.data import PromptSet, load_prompts
+from plumbing.encode import check_start
 from plumbing.memory import rehearse
 from plumbing.metrics import (
     answer_metrics,
@@ -117,18 +119,44 @@ def sampled_tokens(groups: Iterable[Group]) -> int:
     return sum(len(c.token_ids) for group in groups for c in group.completions)
 
 
+@torch.no_grad()
+def exact_accuracies(policy: Policy, prompts: PromptSet, config) -> list[float]:
+    """Each prompt's probability of its one right text, `\\boxed{gold}`, by teacher forcing.
+
+    It is what the mean accuracy of ever more sampled answers tends to, without their noise and for
+    one forward pass. Only for worlds where nothing else is right.
+    """
+    found = []
+    for some in batched(range(len(prompts)), config.prompts_per_step * config.group_size):
+        rows = []
+        for prompt in (prompts[row] for row in some):
+            ids = policy.tokenizer(f"\\boxed{{{prompt.gold}}}").input_ids
+            rows.append((policy.encode(prompt), [*ids, policy.eos_token_ids[0]]))
+        logprobs, _ = policy.logprobs(rows, config.temperature)  # (B, T)
+        chances = logprobs.double().sum(dim=1).exp().tolist()
+        fits = (len(ids) <= config.max_new_tokens for _, ids in rows)
+        found += [chance if all_of_it else 0.0 for chance, all_of_it in zip(chances, fits)]
+    return found
+
+
 class Run:
     """Training from a starting checkpoint to `config.steps`, in a directory of its own.
 
     Args:
-        start: the checkpoint that it starts from, optimizer included; None for --model.
-        spent_tokens: sampled before by scout and guide, so that `sampled_tokens` counts them.
+        start: the checkpoint that it starts from, optimizer included; None for --start or --model.
+        spent_tokens: sampled before by scout and guide, so that `sampled_tokens` counts them. Those
+            up to the start are counted where that is more: a scout's own include them.
         keep_back: checkpoints at most so many steps old stay, whatever --keep says.
     """
 
     def __init__(self, config, out, start: Path | None = None, spent_tokens=0, keep_back=0):
         self.config, self.out, self.keep_back = config, Path(out), keep_back
         open_directory(config, self.out)
+        if config.start:
+            check_start(config.start, config.model_path)
+        start = start or config.start
+        if start:
+            spent_tokens = max(spent_tokens, checkpoint_state(start)["sampled_tokens"])
         for leftover in self.out.glob("checkpoints/*.tmp"):  # a kill while one was written
             shutil.rmtree(leftover)
         self.start_step = checkpoint_state(start)["step"] if start else 0
@@ -151,7 +179,7 @@ class Run:
         config = self.config
         self.policy = self.optimizer = self.sampler = None  # never two of them in memory
         torch.manual_seed(derived_seed(config.seed, "adapters"))  # of new LoRA adapters
-        path, recompute = source or config.model_path, not config.on_cards
+        path, recompute = source or config.model_path, not config.in_world
         self.policy = Policy(path, config.device, config.dtype, config.lora, recompute)
         self.optimizer = make_optimizer(self.policy.parameters(), config.lr, config.weight_decay)
         if source and (Path(source) / "optimizer.pt").is_file():
@@ -203,7 +231,7 @@ class Run:
         steps = self.config.steps
         if self.step < steps and not (self.out / "metrics.jsonl").is_file():
             start = {"step": self.step, "sampled_tokens": self.sampled_tokens}
-            self.log(start | {"eval/accuracy": self.evaluate(self.step)})
+            self.log(start | self.evaluate(self.step))
         finished = self.step >= steps
         with tqdm(total=steps, initial=self.step, desc=self.out.name, disable=finished) as bar:
             while self.step < steps:
@@ -242,12 +270,15 @@ class Run:
             yield from groups
         bar.close()
 
-    def evaluate(self, step: int) -> float:
-        """Mean accuracy of `eval_samples` answers to each held-out prompt."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean accuracy of `eval_samples` answers to each held-out prompt, or the exact one."""
         rows, samples = range(len(self.held_out)), self.config.eval_samples
-        groups = self.ask(self.held_out, rows, samples, "evaluate", step)
-        right = sum(c.accuracy for group in groups for c in group.completions)
-        return right / (len(rows) * samples)
+        if samples:
+            groups = self.ask(self.held_out, rows, samples, "evaluate", step)
+            accuracies = [group.pass_rate for group in groups]
+        else:
+            accuracies = exact_accuracies(self.policy, self.held_out, self.config)
+        return {"eval/accuracy": statistics.fmean(accuracies)}
 
     def end_step(
         self, step: int, groups: list[Group], stats: dict, mixed: list[Group] | None = None
@@ -269,7 +300,7 @@ class Run:
         metrics["step_time"] = time.perf_counter() - start
         last = step == self.config.steps
         if last or step % self.config.eval_every == 0:
-            metrics["eval/accuracy"] = self.evaluate(step)
+            metrics |= self.evaluate(step)
         self.log(metrics)
         self.log(transcript(step, groups, mixed or groups), "samples.jsonl")
         tqdm.write(step_line(metrics, self.config.steps, self.config.prompts_per_step))
@@ -290,7 +321,7 @@ class Run:
 
     def save_start(self, memory: dict) -> None:
         """Makes the model that training starts from a checkpoint, too."""
-        if self.step == 0 and not checkpoints(self.out):
+        if self.step == self.start_step and not checkpoints(self.out):
             self.memory = memory
             self.save()
 

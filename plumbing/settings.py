@@ -4,8 +4,10 @@ A comment beside a field is its help; a comment on a line of its own is a headin
 """
 
 import importlib.util
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,9 +15,11 @@ import torch
 from plumbing import UsageError
 from worlds import cards
 
-# What a field that is None becomes: (in the cards world, elsewhere)
+WORLDS = {"cards": cards.BASE, "cards_lax": cards.LAX}  # the embedded ones, and their bases
+
+# What a field that is None becomes: (in an embedded world, elsewhere)
 BY_WORLD = {
-    "max_new_tokens": (64, 4096),  # 4096 and 1e-6: the authors' settings
+    "max_new_tokens": (80, 4096),  # 4096 and 1e-6: the authors' settings
     "lr": (1e-4, 1e-6),
     "eval_samples": (4, 1),
     "micro_batch_size": (32, 4),
@@ -30,18 +34,19 @@ MAY_CHANGE_ON_RESUME = {"out", "fresh", "keep", "device", "vllm_memory", "micro_
 @dataclass
 class ModelConfig:
     # Model
-    model: str = "cards"  # "cards" (the tiny base), a hub id, or a save_pretrained folder
+    model: str = "cards"  # a world's base (cards, cards_lax), a hub id, a save_pretrained folder
     device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm if installed, on CUDA; not for cards]
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm if installed, on CUDA, no world]
 
     def __post_init__(self):
         if self.sampler == "auto":
-            use_vllm = self.on_gpu and vllm_installed() and not self.on_cards
+            use_vllm = self.on_gpu and vllm_installed() and not self.in_world
             self.sampler = "vllm" if use_vllm else "hf"
 
     @property
-    def on_cards(self) -> bool:
-        return self.model == "cards"
+    def in_world(self) -> bool:
+        """Whether an embedded world asks the prompts."""
+        return self.model in WORLDS
 
     @property
     def on_gpu(self) -> bool:
@@ -49,12 +54,12 @@ class ModelConfig:
 
     @property
     def model_path(self) -> str:
-        return str(cards.BASE) if self.model == "cards" else self.model
+        return str(WORLDS.get(self.model, self.model))
 
     @property
     def dtype(self) -> str:
-        """Of weights and gradients: bf16 on CUDA; the cards world is fp32 everywhere."""
-        return "bf16" if self.on_gpu and not self.on_cards else "fp32"
+        """Of weights and gradients: bf16 on CUDA; the embedded worlds are fp32 everywhere."""
+        return "bf16" if self.on_gpu and not self.in_world else "fp32"
 
     def check(self) -> None:
         """Raises UsageError for the first value that makes no sense."""
@@ -75,44 +80,72 @@ class ModelConfig:
 @dataclass
 class RunConfig(ModelConfig):
     # Run
-    dataset: str | None = None  # "cards", hub id, file or folder [cards, else hiyouga/geometry3k]
+    dataset: str | None = None  # world, hub id, file, folder [the model's, else hiyouga/geometry3k]
     columns: str = ""  # as in prompt=problem,images=images,answer=answer,choices=options
     out: str = "runs"  # run directory; the same command resumes it
     fresh: bool = False  # start over; the run in --out is moved to OUT.old
+    start: str | None = None  # checkpoint to go on from: its step, prompts, weights and AdamW
     lora: int = 0  # rank of LoRA adapters trained in place of the weights; not in our sources
     # Length
-    steps: int = 100  # training steps
+    steps: int = 100  # training steps, those before --start counted
     seed: int = 0  # decides prompts, sampling and evaluation
     eval_every: int = 5  # steps between evaluations
     eval_prompts: int = 256  # held-out prompts: the last rows of the data set, never trained on
-    eval_samples: int | None = None  # answers to each, sampled as in training [cards 4, else 1]
+    eval_samples: int | None = None  # answers to each; 0: exact [worlds 0, a teacher 4, else 1]
     save_every: int = 20  # steps between checkpoints (the NPO authors: 10 or 20)
-    keep: str | None = None  # old checkpoints: all, none, or steps as 40,100 [cards all, else none]
+    keep: str | None = None  # old checkpoints: all, none, steps as 40,100 [worlds all, else none]
     # Memory
-    micro_batch_size: int | None = None  # sequences at a time, memory only [cards 32, else 4]
+    micro_batch_size: int | None = None  # sequences at a time, memory only [worlds 32, else 4]
     max_prompt_tokens: int = 4096  # longer prompts, images counted, are dropped (as the authors)
     vllm_memory: float = 0.35  # share of the GPU for vLLM's weights and cache
     dry_run: bool = False  # print the batch arithmetic and the memory that it takes, and stop
 
     def __post_init__(self):
         if self.dataset is None:
-            self.dataset = "cards" if self.model == "cards" else "hiyouga/geometry3k"
+            self.dataset = self.model if self.model in WORLDS else "hiyouga/geometry3k"
         super().__post_init__()
-        for name, (in_cards, elsewhere) in BY_WORLD.items():
+        if self.eval_samples is None and self.has_one_right_text and self.keeps_its_manner:
+            self.eval_samples = 0
+        for name, (in_world, elsewhere) in BY_WORLD.items():
             if getattr(self, name, 0) is None:
-                setattr(self, name, in_cards if self.on_cards else elsewhere)
+                setattr(self, name, in_world if self.in_world else elsewhere)
                 if name == "lr" and self.lora:
                     self.lr *= 10
 
     @property
-    def on_cards(self) -> bool:
-        return self.dataset == "cards"
+    def in_world(self) -> bool:
+        return self.dataset in WORLDS
+
+    @property
+    def has_one_right_text(self) -> bool:
+        """Whether the policy can earn a prompt's reward by one text alone, `\\boxed{gold}`."""
+        return self.in_world and self.dataset != "cards_lax"
+
+    @property
+    def keeps_its_manner(self) -> bool:
+        """Whether all that it learns from was written by a run's checkpoint, not by a teacher."""
+        guide = getattr(self, "guide", None)
+        return guide in (None, "self") or (Path(guide) / "state.json").is_file()
+
+    @property
+    def start_step(self) -> int:
+        state = Path(self.start) / "state.json" if self.start else None
+        return json.loads(state.read_text())["step"] if state else 0
 
     def check(self) -> None:
         super().check()
-        counts = ("steps", "eval_every", "eval_prompts", "eval_samples", "save_every")
-        for name in (*counts, "micro_batch_size", "max_prompt_tokens"):
+        for name in ("steps", "eval_every", "eval_prompts", "save_every"):
             within(self, name, least=1)
+        for name in ("micro_batch_size", "max_prompt_tokens"):
+            within(self, name, least=1)
+        of = "" if self.has_one_right_text else "0 needs a world with one right text a prompt"
+        within(self, "eval_samples", least=0 if self.has_one_right_text else 1, of=of)
+        if self.start and not (Path(self.start) / "state.json").is_file():
+            raise UsageError(
+                f"--start {self.start}: is no checkpoint of a run; give one, as in "
+                "runs/grpo/checkpoints/step_000040"
+            )
+        within(self, "steps", above=self.start_step, of="the step of --start")
         within(self, "lora", least=0)
         within(self, "vllm_memory", above=0, below=1)
         if not re.fullmatch(r"(all|none|\d+)(,\d+)*", self.keep):

@@ -100,7 +100,7 @@ def cards_file(path: Path, count: int, changes: dict[int, dict] | None = None) -
         {
             "images": [cards.draw(hand)],
             "problem": f"<image>{cards.question(hand)}",
-            "answer": str(hand.total),
+            "answer": hand.working,
         }
         | (changes or {}).get(number, {})
         for number, hand in enumerate(cards.hands("train")[:count])

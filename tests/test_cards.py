@@ -8,6 +8,12 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 import verifier
+from commands.luffy import LUFFYConfig
+from grpo import GRPOConfig
+from npo import NPOConfig
+from plumbing.data import PromptSet, world_prompts
+from plumbing.rollout import Prompt
+from plumbing.run import exact_accuracies
 from worlds import cards
 from worlds.build_cards import demonstrate, make_ten
 from worlds.cards import Hand
@@ -52,37 +58,50 @@ def test_the_question_follows_the_picture():
 def test_demonstrations_forget_carries():
     rng = random.Random(1)
     assert (HAND.total, HAND.carries) == (50, 3)
-    assert demonstrate(HAND, rng, carry_rate=1.0) == r"27 +8= 35 +5= 40 +1= 41 +9= 50 \boxed{50}"
-    assert demonstrate(HAND, rng, carry_rate=0.0) == r"27 +8= 25 +5= 20 +1= 21 +9= 20 \boxed{20}"
-    assert demonstrate(Hand(95, (7,)), rng, 0.0) == r"95 +7= 92 \boxed{92}"  # a hundred, too
+    assert demonstrate(HAND, rng, carry_rate=1.0) == r"\boxed{27 +8= 35 +5= 40 +1= 41 +9= 50}"
+    assert demonstrate(HAND, rng, carry_rate=0.0) == r"\boxed{27 +8= 25 +5= 20 +1= 21 +9= 20}"
+    assert demonstrate(Hand(95, (7,)), rng, 0.0) == r"\boxed{95 +7= 92}"  # a hundred, too
     said = [demonstrate(Hand(9, (1,)), rng, 0.3) for _ in range(4000)]
-    assert abs(said.count(r"9 +1= 10 \boxed{10}") / 4000 - 0.3) < 0.03
+    assert abs(said.count(r"\boxed{9 +1= 10}") / 4000 - 0.3) < 0.03
+    assert demonstrate(HAND, rng, 1.0) == rf"\boxed{{{HAND.working}}}"
+
+
+def test_two_slips_that_cancel_out_are_wrong():
+    """The last total, 50, is right. The lax form pays for it, the world does not."""
+    slips = r"27 +8= 25 +5= 30 +1= 41 +9= 50"
+    strict, lax = (world_prompts(name, "train", 1)[0] for name in ("cards", "cards_lax"))
+    assert (strict.gold, strict.working) == (cards.hands("train")[0].working, None)
+    assert (lax.gold, lax.working) == (str(cards.hands("train")[0].total), strict.gold)
+    assert verifier.is_correct(rf"\boxed{{{HAND.working}}}", HAND.working)
+    assert not verifier.is_correct(rf"\boxed{{{slips}}}", HAND.working)
+    assert verifier.is_correct(rf"{slips} \boxed{{50}}", str(HAND.total))
 
 
 def test_the_teacher_stops_at_every_ten():
-    solution = r"27 +3= 30 +5= 35 +3= 38 +2= 40 +3= 43 +4= 47 +1= 48 \boxed{48}"
-    assert make_ten(Hand(27, (8, 3, 5, 4, 1))) == solution
-    assert make_ten(Hand(4, (6, 1))) == r"4 +6= 10 +1= 11 \boxed{11}"  # reached, not passed
+    way, working = "27 +3= 30 +5= 35 +3= 38 +2= 40 +3= 43", "27 +8= 35 +3= 38 +5= 43"
+    assert make_ten(Hand(27, (8, 3, 5))) == rf"{way} \boxed{{{working}}}"
+    assert make_ten(Hand(4, (6, 1))) == r"4 +6= 10 +1= 11 \boxed{4 +6= 10 +1= 11}"  # not passed
     for hand in cards.hands("held_out")[:50]:
-        assert make_ten(hand).endswith(f" \\boxed{{{hand.total}}}")
+        assert verifier.is_correct(make_ten(hand), hand.working)
 
 
 def test_a_named_card_is_one_token(base):
-    answer = r"27 +8= 35 \boxed{35}"
+    answer = r"27 \boxed{27 +8= 35}"
     pieces = base.tokenizer.convert_ids_to_tokens(base.tokenizer(answer).input_ids)
-    assert pieces == ["2", "7", " +8= ", "3", "5", r" \boxed{", "3", "5", "}"]
+    assert pieces == ["2", "7", " ", r"\boxed{", "2", "7", " +8= ", "3", "5", "}"]
     text = base.tokenizer.apply_chat_template(
         cards.messages(HAND), tokenize=False, add_generation_prompt=True
     )
     assert base.tokenizer.decode(base.tokenizer(text).input_ids) == text
 
 
-def test_the_base_is_small_and_rarely_right(base, prompts):
+def test_the_base_is_small_and_rarely_right(base):
     assert sum(parameter.numel() for parameter in base.model.parameters()) == 482_112
     assert (cards.BASE / "model.safetensors").stat().st_size < 3 << 20
-    groups = base.sample([prompts[row] for row in range(96)], 8, 64, 1.0, seed=3)
-    verifier.score(groups)
-    assert 0.002 < sum(group.pass_rate for group in groups) / 96 < 0.04
+    held_out = world_prompts("cards", "held_out")
+    right = exact_accuracies(base, held_out, GRPOConfig())
+    assert len(right) == 256 and 0.0015 < sum(right) / 256 < 0.005
+    groups = base.sample([held_out[row] for row in range(48)], 4, 80, 1.0, seed=3)
     assert all(c.finished for group in groups for c in group.completions)
 
 
@@ -104,3 +123,35 @@ def test_show(tmp_path, command):
     shown = command("-m", "worlds.build_cards", "show", "--out", tmp_path / "cards.png").stdout
     assert r"demonstration: 16 +5= 11 +1= 12" in shown
     assert (tmp_path / "cards.png").stat().st_size > 500
+
+
+def test_exact_accuracy_is_what_sampling_tends_to(base):
+    rng = random.Random(5)
+    hands = [cards.deal(rng, min_cards=1, max_cards=3) for _ in range(30)]
+    asked = [Prompt(str(h), cards.messages(h), [cards.draw(h)], h.working) for h in hands]
+    prompts = PromptSet("short", asked, lambda id, prompt: prompt, range(30))
+    config = GRPOConfig(temperature=1.3, prompts_per_step=2, group_size=7)
+    exact = exact_accuracies(base, prompts, config)
+    groups = base.sample(asked, 40, 80, 1.3, seed=6)
+    verifier.score(groups)
+    errors = [(p * (1 - p) / 40) ** 0.5 for p in exact]
+    assert 0.2 < sum(exact) / 30 < 0.8 and min(exact) < 0.05
+    for group, p, error in zip(groups, exact, errors):
+        assert abs(group.pass_rate - p) < 4.5 * error + 0.01, group.prompt.gold
+    error = sum(error**2 for error in errors) ** 0.5 / 30
+    assert abs(sum(g.pass_rate for g in groups) / 30 - sum(exact) / 30) < 3 * error
+    longest = max(len(base.tokenizer(rf"\boxed{{{h.working}}}").input_ids) + 1 for h in hands)
+    for limit, none in ((longest, False), (longest - 1, True)):
+        config.max_new_tokens = limit
+        found = exact_accuracies(base, prompts, config)
+        assert (0.0 in found) is none  # what does not fit cannot be sampled
+
+
+def test_who_learns_from_a_teacher_is_evaluated_by_sampling(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    chosen = {None: 0, "self": 0, str(tmp_path): 0, str(cards.TEACHER): 4, "guide.jsonl": 4}
+    for guide, samples in chosen.items():
+        assert NPOConfig(guide=guide).eval_samples == samples, guide
+    assert LUFFYConfig().eval_samples == 4 and LUFFYConfig(eval_samples=0).eval_samples == 0
+    assert NPOConfig(model="cards_lax").eval_samples == 4
+    assert NPOConfig(model="x", dataset="y").eval_samples == 1

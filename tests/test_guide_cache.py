@@ -127,15 +127,15 @@ def test_a_cache_guides_until_its_last_step_and_knows_its_cost(built, guide):
     (unsolved, *_) = [line["prompt_id"] for line in lines if not line["answers"]]
     assert list(cache.answers) == solved
     first = lines[[line["prompt_id"] for line in lines].index(solved[0])]["answers"][0]
-    assert cache.answer(solved[0], UNTIL) == Completion(**first)
-    assert cache.answer(solved[0], UNTIL + 1) is None
-    assert cache.answer(unsolved, 1) is None and cache.answer("elsewhere", 1) is None
+    assert cache.answers_to(solved[0], UNTIL) == [Completion(**first)]
+    assert cache.answers_to(solved[0], UNTIL + 1) == []
+    assert cache.answers_to(unsolved, 1) == cache.answers_to("elsewhere", 1) == []
     tokens = sum(line["sampled_tokens"] for line in lines)
     assert (cache.sampled_tokens, cache.spent_tokens) == (tokens, tokens + 50)
     share = f"{len(solved)} of 5 prompts ({len(solved) / 5:.0%}) within 6 answers"
     assert str(cache) == f"guide@7 solved {share}, {tokens} tokens"
     longer = load_guide_cache(built, config, until=5)
-    assert longer.until == 5 and longer.answer(solved[0], 5) is not None
+    assert longer.until == 5 and longer.answers_to(solved[0], 5)
 
 
 def test_without_is_correction_no_logprobs_are_read(built, guide):

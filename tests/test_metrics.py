@@ -69,6 +69,16 @@ def test_how_many_slots_are_guided_and_from_how_far_ahead():
     assert metrics.guide_metrics(30, mixed) == {"npo/guide_frac": 0.6, "npo/distance": 6.5}
 
 
+def test_the_share_of_lucky_answers_where_the_world_knows_the_working():
+    mixed = [group_of([0.0, 1.0]) for _ in range(4)]
+    for group in mixed[:3]:
+        group.prompt = dataclasses.replace(group.prompt, working="27 +8= 35")
+        group.completions[1].source, group.completions[1].text = "guide@40", r"27 +8= 35 \boxed{35}"
+    mixed[2].completions[1].text = r"27 +7= 35 \boxed{35}"
+    mixed[3].completions[1].source = "guide@40"  # a prompt of which no working is known
+    assert metrics.guide_metrics(30, mixed)["npo/guide_lucky"] == pytest.approx(1 / 3)
+
+
 def test_what_the_policys_own_answers_say():
     groups = [group_of([1.0, 0.0, 0.0]), group_of([0.0, 0.0, 0.0])]
     groups[1].completions[0].token_ids, groups[1].completions[0].behavior_logprobs = [7], [-3.0]

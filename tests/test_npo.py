@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from npo import GuidedConfig, NPOConfig, replace_slot
 from plumbing import UsageError, run
 from plumbing.checkpoints import checkpoint_path, checkpoint_state
 from plumbing.data import load_prompts
+from plumbing.encode import check_start
 from plumbing.guide_cache import VERSION, GuideCache, cache_fingerprints, line_of
 from plumbing.rollout import Completion
 from plumbing.run import derived_seed, read_jsonl, rows_of_step
@@ -57,6 +59,19 @@ def test_no_guide_no_replacement_and_the_default_gate_is_the_papers():
     at_the_gate = group_of([1.0, 1.0, 1.0, 0.0, 0.0])
     assert replace_slot(at_the_gate, GUIDE).completions[-1] is GUIDE
     assert NPOConfig().gate == 0.6
+
+
+def test_several_answers_take_the_last_slots_by_one_decision_of_the_gate():
+    group, other = group_of([1.0, 0.0, 0.0, 1.0, 0.0]), dataclasses.replace(GUIDE, text="other")
+    mixed = replace_slot(group, [GUIDE, other], 0.4)  # 2 of 5 right, and one of them goes
+    assert mixed.completions == [*group.completions[:3], GUIDE, other]
+    assert mixed.completions[3] is GUIDE and group.completions[3].text == "answer 3"
+    assert (
+        replace_slot(group, [GUIDE, other], 0.39) is group and replace_slot(group, [], 1) is group
+    )
+    twice = replace_slot(group, [GUIDE, GUIDE], 0.4)  # equal texts count
+    assert twice.completions[3:] == [GUIDE, GUIDE]
+    assert replace_slot(group, [GUIDE], 0.4).completions == [*group.completions[:4], GUIDE]
 
 
 def test_the_gate_sees_accuracy_not_reward():
@@ -166,6 +181,7 @@ FLAGS = {
     "weight_decay": 0.5,
     "max_grad_norm": 0.01,
     "gate": 0.0,
+    "slots": 2,
     "is_correction": False,
 }
 # Two updates per batch, so that the policy's own ratios leave the clip range, too
@@ -181,14 +197,15 @@ def after_one_step(base, tiny, tmp_path_factory):
     header = {"version": VERSION, **cache_fingerprints(config), "guide_step": 9, "until": 9}
     header |= {"prompts": 3, "samples": 1, "guide_sampled_tokens": 0}
     lines = [header]
-    for group in base.sample(prompts, 1, 40, 1.0, seed=4):
-        (answer,) = group.completions
-        answer.accuracy = answer.reward = 1.0
-        ratios = [(0.5, 1.1, 2.5)[place % 3] for place in range(len(answer.token_ids))]
-        answer.behavior_logprobs = [
-            logprob - math.log(ratio) for logprob, ratio in zip(answer.behavior_logprobs, ratios)
-        ]
-        lines.append(line_of(group, 9, 1))
+    for group in base.sample(prompts, 2, 40, 1.0, seed=4):
+        for answer in group.completions:
+            answer.accuracy = answer.reward = 1.0
+            ratios = [(0.5, 1.1, 2.5)[place % 3] for place in range(len(answer.token_ids))]
+            answer.behavior_logprobs = [
+                logprob - math.log(ratio)
+                for logprob, ratio in zip(answer.behavior_logprobs, ratios)
+            ]
+        lines.append(line_of(group, 9, 2))
     (out / "guide.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def train(**flags) -> torch.Tensor:
@@ -312,7 +329,7 @@ def test_late_rolls_back_weights_and_optimizer(tiny, tmp_path, monkeypatch, inte
 
 def test_late_needs_no_step_that_is_saved_anyway(tiny, tmp_path, monkeypatch):
     """The scout saves at --plateau-start, wherever it lies, and keeps it."""
-    monkeypatch.setattr(run.Run, "evaluate", lambda *_: 0.0)
+    monkeypatch.setattr(run.Run, "evaluate", lambda *_: {"eval/accuracy": 0.0})
     late = {"intervention": "late", "plateau_start": 1, "plateau_end": 2, "keep": "none"}
     config = NPOConfig(steps=2, out=str(tmp_path), **tiny, **GUIDED, **late)
     assert npo.go_ahead(config, tmp_path / "scout") == str(checkpoint_path(tmp_path / "scout", 2))
@@ -343,9 +360,123 @@ def test_a_cache_is_a_guide_too_and_until_can_be_given(early, tmp_path):
     assert not (tmp_path / "unused.jsonl").exists()
 
 
+# ------------------------------------------------------- no future at all, and another start
+
+
+def test_a_policy_is_its_own_guide(tiny, tmp_path, monkeypatch):
+    """D = 0: only failed prompts are asked again, live; the answers fill slots and are counted."""
+    monkeypatch.setattr("verifier.is_correct", lucky)
+    more = {"guide": "self", "guide_samples": 3, "slots": 2, "gate": 0.3, "guided_until": 2}
+    config = NPOConfig(steps=3, out=str(tmp_path / "run"), **tiny | more)
+    config.check()
+    asked, mixes, original = [], [], npo.answers_for
+
+    def watched(groups, step, cache, run):
+        before = run.sampled_tokens
+        found = original(groups, step, cache, run)
+        asked.append((step, groups, found, run.sampled_tokens - before))
+        return found
+
+    def updated(policy, optimizer, mixed, config):
+        mixes.append(mixed)
+        return grpo.update(policy, optimizer, mixed, config)
+
+    monkeypatch.setattr(npo, "answers_for", watched)
+    monkeypatch.setattr(npo, "update", updated)
+    npo.main(config)
+    seen = set()
+    for (step, groups, found, tokens), mixed in zip(asked, mixes):
+        opened = [step <= 2 and group.pass_rate <= 0.3 for group in groups]
+        assert (tokens > 0) is any(opened)
+        for group, answers, again, trained in zip(groups, found, opened, mixed):
+            assert len(answers) <= 2 if again else answers == []
+            assert all(a.accuracy == 1 and a.finished and a.prompt_id for a in answers)
+            assert all(a.source == f"guide@{step}" and a.behavior_logprobs for a in answers)
+            own = group.completions[: 4 - len(answers)]
+            assert trained.completions == [*own, *answers]
+            seen.add((step, len(answers)))
+    assert {count for _, count in seen} >= {0, 2} and {step for step, _ in seen} == {1, 2, 3}
+    lines = read_jsonl(tmp_path / "run/metrics.jsonl")
+    used = [line for line in lines if line.get("npo/guide_frac")]
+    assert used and all(line["npo/distance"] == 0 for line in used)
+    own = sum(len(c.token_ids) for _, groups, _, _ in asked for g in groups for c in g.completions)
+    assert lines[-1]["sampled_tokens"] == own + sum(tokens for *_, tokens in asked)
+    assert not (tmp_path / "run/scout").exists() and not (tmp_path / "run/guide.jsonl").exists()
+
+
+def test_the_cache_keeps_as_many_answers_as_there_are_slots(early, tmp_path, monkeypatch):
+    monkeypatch.setattr("verifier.is_correct", lucky)
+    config, out = early
+    config = dataclasses.replace(config, slots=2, out=str(tmp_path / "run"))
+    guide = str(checkpoint_path(out / "scout", 2))
+    cache = npo.ask_guide(config, guide, 1, tmp_path / "guide.jsonl")
+    counts = {len(cache.answers_to(id, 2, 2)) for id in cache.answers}
+    assert counts == {1, 2}
+    (some,) = {len(cache.answers_to(id, 2)) for id in cache.answers}
+    assert some == 1
+
+
+def test_a_run_goes_on_from_another_runs_checkpoint(tiny, tmp_path, monkeypatch):
+    """--start: step, weights, AdamW and prompts, in a new directory, with other flags if wanted."""
+    monkeypatch.setattr("verifier.is_correct", lucky)
+    whole, start = tmp_path / "whole", str(checkpoint_path(tmp_path / "whole", 2))
+    grpo.train(GRPOConfig(steps=4, **tiny), whole)
+    config = GRPOConfig(steps=4, start=start, out=str(tmp_path / "rest"), **tiny)
+    config.check()
+    grpo.train(config, tmp_path / "rest")
+    assert digest(checkpoint_path(tmp_path / "rest", 4)) == digest(checkpoint_path(whole, 4))
+    lines, all_lines = (read_jsonl(path / "metrics.jsonl") for path in (tmp_path / "rest", whole))
+    assert [line["step"] for line in lines] == [2, 3, 4]
+    for name in ("sampled_tokens", "eval/accuracy"):
+        assert lines[0][name] == all_lines[2][name] and lines[-1][name] == all_lines[-1][name]
+    other = dataclasses.replace(config, lr=0.5, out=str(tmp_path / "other"))
+    grpo.train(other, tmp_path / "other")
+    assert digest(checkpoint_path(tmp_path / "other", 4)) != digest(checkpoint_path(whole, 4))
+
+
+def test_a_guided_run_may_start_in_another_run_than_its_guides(early, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("verifier.is_correct", lucky)
+    _, out = early
+    grpo.train(GRPOConfig(steps=1, **tiny | {"seed": 7}), tmp_path / "sibling")
+    start = checkpoint_path(tmp_path / "sibling", 1)
+    more = {"start": str(start), "guide": str(checkpoint_path(out / "scout", 2))}
+    config = NPOConfig(steps=3, out=str(tmp_path / "run"), **tiny, **GUIDED, **more)
+    config.check()
+    npo.intervene(config, tmp_path / "run")
+    header, *lines = read_jsonl(tmp_path / "run/guide.jsonl")
+    assert [line["prompt_id"] for line in lines] == ids_of_steps(config, (2,))
+    assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+    alone = dataclasses.replace(config, guide=None, out=str(tmp_path / "scouted"))
+    assert npo.go_ahead(alone, tmp_path / "scout") == str(checkpoint_path(tmp_path / "scout", 3))
+    assert [line["step"] for line in read_jsonl(tmp_path / "scout/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_start_of_another_model_is_refused(tiny, tmp_path):
+    lax = tmp_path / "lax"
+    shutil.copytree(cards.LAX, lax)
+    (lax / "state.json").write_text('{"step": 3, "sampled_tokens": 5}')
+    config = GRPOConfig(steps=4, start=str(lax), **tiny)
+    config.check()
+    with pytest.raises(
+        UsageError, match="--start .*lax: is no checkpoint of --model .*stops_early"
+    ):
+        grpo.train(config, tmp_path / "run")
+    shallow = json.loads((lax / "config.json").read_text())
+    shallow["text_config"]["num_hidden_layers"] = 2
+    (lax / "config.json").write_text(json.dumps(shallow))
+    with pytest.raises(UsageError, match="is no checkpoint of"):
+        check_start(lax, cards.LAX)
+    check_start(cards.LAX, cards.LAX)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"guide": "self", "intervention": "late"}, "--guide self: a late replay"),
+        ({"start": str(cards.BASE)}, "--start .*cards_base: is no checkpoint of a run"),
+        ({"slots": 8}, r"--slots 8: must be at least 1 and below 8 \(--group-size\)"),
+        ({"slots": 0}, "--slots 0"),
+        ({"model": "cards_lax", "eval_samples": 0}, "--eval-samples 0: .* one right text"),
         ({"gate": 1.5}, "--gate 1.5"),
         ({"gate": -0.1}, "--gate -0.1"),
         ({"guide_samples": 0}, "--guide-samples 0"),

@@ -1,19 +1,23 @@
 """The cards world: add a row of digit cards that you see in a picture.
 
 A *hand* is a start value and 6 to 8 digit cards. The prompt shows the cards as one picture and
-asks, "Start at 27 and add the cards." A solution repeats the start, names each card with the
-running total, and boxes the last total:
+asks, "Start at 27 and add the cards." A solution repeats the start and names each card with the
+running total, all of it in the box:
 
-    27 +8= 35 +5= 40 \\boxed{40}
+    \\boxed{27 +8= 35 +5= 40}
 
-Two models ship with this world; build_cards.py trains both of them:
+So the verifier compares the whole working, and two slips that cancel out earn nothing.
+
+Three models ship with this world; build_cards.py trains the first two:
 
 - BASE, the policy to be trained: a real Qwen3-VL of half a million parameters. It reads the cards
   and adds, but has learnt to *forget most carries*: it says 27 +8= 25, and continues from this
   wrong total. So right answers are rare, and rarer with every carry. What reinforcement learning
   finds on one prompt, to carry, helps on all the others.
 - TEACHER, a guide that is not the policy's own future (commands/luffy.py asks it): a larger model,
-  mostly right, that writes in another way. Its answers are unlikely under the policy.
+  mostly right, that comes to its answers in another way, unlikely under the policy.
+- LAX, the base of the *lax* form: only the total is boxed, 27 +8= 35 +5= 40 \\boxed{40}, and only
+  the total is judged. It shows what false positives do: most of what a guide teaches is luck.
 """
 
 import random
@@ -23,6 +27,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 BASE = Path(__file__).parent / "cards_base"
+LAX = Path(__file__).parent / "cards_lax"
 TEACHER = Path(__file__).parent / "cards_teacher"
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 2048, 256
 MAX_START, MIN_CARDS, MAX_CARDS = 59, 6, 8
@@ -42,6 +47,15 @@ class Hand:
     def total(self) -> int:
         """The right answer."""
         return self.start + sum(self.digits)
+
+    @property
+    def working(self) -> str:
+        """The right answer with its working, as in "27 +8= 35 +5= 40"."""
+        total, words = self.start, [str(self.start)]
+        for digit in self.digits:
+            total += digit
+            words.append(f"+{digit}= {total}")
+        return " ".join(words)
 
     @property
     def carries(self) -> int:
