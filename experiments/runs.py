@@ -53,7 +53,7 @@ def guide(row: str, step: int) -> str:
     return f"--guide {{runs}}/{row}-{{seed}}/checkpoints/step_{step:06d}"
 
 
-# GRPO, which goes on for as many tokens as the others sample; NPO whose guide is GRPO's own step 40;
+# GRPO, which goes on for as many tokens as the others sample; NPO whose guide is GRPO's step 40;
 # and the two controls without a future: the policy asked again (D = 0), and twice the answers
 EARLY = [
     Run("grpo", f"grpo.py --steps {LONG}"),

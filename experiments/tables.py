@@ -46,6 +46,12 @@ ROWS = {  # of the comparison: label and colour
     "autonpo": ("AutoNPO", "C9"),
 }
 LABELS = {row: label for row, (label, _) in ROWS.items()}
+EARLY_LABELS = {  # the group "early"
+    "grpo": "GRPO",
+    "early": f"NPO, guide from step {SCOUT}",
+    "self": "D = 0: asked again, no guide",
+    "grpo-16": "GRPO, G = 16",
+}
 OTHERS = ("grpo", "luffy", "exgrpo", "rlep", "early")  # the curves of a figure's two halves
 OURS = ("grpo", "grpo-16", "early", "late", "early+late", "autonpo")
 BY_DEFINITION = {"luffy", "luffy-unshaped", "rlep", "early-no-is"}  # ratios are pi, or 1
@@ -84,43 +90,48 @@ def table(header: str, rows: list[list[str]]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def early(runs: dict[str, list[Result]], long: list[Result]) -> str:
-    """The section on early bootstrapping."""
-    rows, speed, counted, cost, missed = [], [], [], [], 0
-    for grpo, npo in zip(runs["grpo"], runs["early"]):
-        scout = grpo.until(SCOUT)
-        to_goal = [
-            [first_reach(run.evals, scout.accuracy, key) for run in (scout, npo)]
+def early(runs: dict[str, list[Result]]) -> str:
+    """The section on early bootstrapping. GRPO goes on until step LONG."""
+    header = "method | steps to the scout's final accuracy | GRPO's steps over its | the scout's steps"
+    header += " counted, too | tokens, all counted | GRPO's tokens over its | accuracy at step "
+    header += f"{WINDOW} | GRPO's at equal tokens"
+    scouts, rows = [run.until(SCOUT) for run in runs["grpo"]], []
+    for row, mine in runs.items():
+        ends = [run.until(WINDOW) for run in mine]
+        before = SCOUT if row == "early" else 0
+        (steps, missed), (tokens, _) = (
+            to_goals(mine, [scout.accuracy for scout in scouts], key)
             for key in ("step", "sampled_tokens")
-        ]
-        if to_goal[0][1] is None:  # never there: its last step counts, so the ratios are bounds
-            missed += 1
-            to_goal[0][1], to_goal[1][1] = float(npo.evals[-1]["step"]), npo.tokens
-        steps, tokens = to_goal
-        speed.append(steps[0] / steps[1])
-        counted.append(steps[0] / (SCOUT + steps[1]))
-        cost.append(tokens[0] / tokens[1])
-        cells = [f"{grpo.line['seed']}", f"{scout.accuracy:.3f}", *(f"{n:.1f}" for n in steps)]
-        cells += [f"{speed[-1]:.2f}", f"{SCOUT + steps[1]:.1f}", f"{counted[-1]:.2f}"]
-        rows.append([*cells, *(f"{n:,.0f}" for n in tokens), f"{cost[-1]:.2f}"])
-    means = [interval(speed), "", interval(counted), "", "", interval(cost)]
-    rows.append(["mean [95 %]", "", "", "", *means])
-    header = "seed | scout's final accuracy | steps: GRPO | steps: NPO's replay | speed-up"
-    header += " | steps: scout + replay | ratio | tokens: GRPO | tokens: NPO, all counted | ratio"
-    spent = statistics.fmean(run.tokens for run in runs["early"])
-    same = [run.at_tokens(spent) for run in long]
-    ends = [run.accuracy for run in runs["early"]], [line["eval/accuracy"] for line in same]
-    step = statistics.fmean(line["step"] for line in same)
-    never = f"\n{missed} runs never reached the goal; their last step counts." if missed else ""
+        )
+        cells = [EARLY_LABELS[row], interval(steps, 1) + (f" ({missed} never)" if missed else "")]
+        cells.append(interval([SCOUT / n for n in steps]) if row != "grpo" else "")
+        cells.append(interval([SCOUT / (n + before) for n in steps]) if before else "")
+        cells.append(f"{statistics.fmean(tokens) / 1000:.0f}k")
+        cost = [scout.tokens / n for scout, n in zip(scouts, tokens)]
+        cells.append(interval(cost) if row != "grpo" else "")
+        cells.append(interval([run.accuracy for run in ends], 3))
+        equal = [one["eval/accuracy"] for one in equal_tokens(runs["grpo"], ends)]
+        rows.append([*cells, interval(equal, 3) if row != "grpo" else ""])
+    goal = interval([scout.accuracy for scout in scouts], 3)
+    differences = [
+        f"NPO minus {EARLY_LABELS[row]} {interval(paired(*at_window(runs, 'early', row)), 3)}"
+        for row in runs
+        if row != "early"
+    ]
     return f"""{table(header, rows)}
-{never}
-In steps of the replay alone: {interval(speed)}, {speed_verdict(speed)}. With the scout's steps
-counted: {interval(counted)}, {speed_verdict(counted)}; in sampled tokens: {interval(cost)}. The
-scout has already paid for that level once.
 
-At equal tokens, the {spent:,.0f} that {WINDOW} steps of NPO cost in all, NPO stands at
-{interval(ends[0])} ({len(ends[0])} seeds), and GRPO that goes on instead (step {step:.0f}) at
-{interval(ends[1])} ({len(same)} seeds)."""
+Scout's final accuracy: {goal}. At step {WINDOW}: {"; ".join(differences)}."""
+
+
+def to_goals(runs: list[Result], goals: list[float], key: str) -> tuple[list[float], int]:
+    """Where each run first reaches its goal, and how many never do: of these the end counts."""
+    found = [first_reach(run.evals, goal, key) for run, goal in zip(runs, goals)]
+    last = [run.evals[-1][key] for run in runs]
+    return [end if at is None else at for at, end in zip(found, last)], found.count(None)
+
+
+def at_window(runs: dict[str, list[Result]], *rows: str) -> list[list[float]]:
+    return [[run.until(WINDOW).accuracy for run in runs[row]] for row in rows]
 
 
 def reach(runs: list[Result], goals: list[float], key: str) -> str:
@@ -140,14 +151,14 @@ def reach(runs: list[Result], goals: list[float], key: str) -> str:
     return interval(reached, 0) + (f" ({count})" if len(reached) < len(runs) else "")
 
 
-def equal(long: list[Result], runs: list[Result]) -> list[dict]:
+def equal_tokens(long: list[Result], runs: list[Result]) -> list[dict]:
     """GRPO's evaluations at the tokens that these runs sampled."""
     return [mine.at_tokens(run.tokens) for mine, run in zip(long, runs)]
 
 
 def beyond_equal(runs: list[Result], long: list[Result]) -> list[float]:
     """Accuracies minus GRPO's at equal tokens."""
-    theirs = [line["eval/accuracy"] for line in equal(long, runs)]
+    theirs = [line["eval/accuracy"] for line in equal_tokens(long, runs)]
     return paired([run.accuracy for run in runs], theirs)
 
 
@@ -172,7 +183,7 @@ def comparison(runs: dict[str, list[Result]], long: list[Result]) -> str:
         cells.append(f"{max(ratios):.3g}" if any(ratios) and row not in BY_DEFINITION else "")
         rows.append([*cells, interval([run.entropy[-1][1] for run in mine], 3)])
     costliest = max(runs, key=lambda row: sum(run.tokens for run in runs[row]))
-    same = equal(long, runs[costliest])
+    same = equal_tokens(long, runs[costliest])
     ends = [e["eval/accuracy"] for e in same]
     step, tokens = (statistics.fmean(e[key] for e in same) for key in ("step", "sampled_tokens"))
     name = f"GRPO, as many tokens as {LABELS[costliest]} (step {step:.0f})"
@@ -272,16 +283,15 @@ def curve(axes, runs, label, color, key="step", style="-", shift=0, seeds=False)
         axes.plot(x, y, color=color, lw=0.5, alpha=0.5)
 
 
-def draw_early(runs: dict[str, list[Result]], long: list[Result]) -> None:
+def draw_early(runs: dict[str, list[Result]]) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    going_on, name = [run.until(2 * WINDOW) for run in long], f"NPO, guide from step {SCOUT}"
     for axes, key in ((left, "step"), (right, "sampled_tokens")):
-        curve(axes, runs["grpo"], "GRPO", "C0", key, seeds=True)
-        curve(axes, runs["early"], name, "C1", key, seeds=True)
-        curve(axes, going_on, f"GRPO that goes on ({len(long)} seeds)", "C2", key, "--")
+        for (row, mine), color in zip(runs.items(), ("black", "C1", "C0", "C7")):
+            own = row in ("grpo", "early")
+            curve(axes, mine, EARLY_LABELS[row], color, key, "-" if own else "--", seeds=own)
     curve(left, runs["early"], "NPO, the scout's steps counted", "C1", style=":", shift=SCOUT)
-    left.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, 1), xlim=(0, WINDOW + SCOUT))
+    left.set(xlabel="step", ylabel="held-out accuracy", ylim=(0, None), xlim=(0, WINDOW + SCOUT))
     right.set(xlabel="thousand sampled tokens, scout and guide cache counted", xlim=(0, None))
     left.legend(fontsize=8)
     save(figure, "early.svg")

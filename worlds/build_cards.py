@@ -84,11 +84,11 @@ def build_tokenizer():
     return tokenizer
 
 
-def tiny_config(tokenizer, hidden: int = 96, layers: int = 3):
-    """A Qwen3VLConfig, by default of under 0.5 M parameters."""
+def tiny_config(tokenizer):
+    """A Qwen3VLConfig of under 0.5 M parameters."""
     from transformers import Qwen3VLConfig
 
-    text = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    text = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3}
     text |= {"num_attention_heads": 3, "num_key_value_heads": 3}
     text |= {"head_dim": 32}  # the smallest that vLLM's attention on CPU accepts
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
@@ -97,7 +97,7 @@ def tiny_config(tokenizer, hidden: int = 96, layers: int = 3):
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 1}
     vision |= {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    vision |= {"out_hidden_size": hidden, "num_position_embeddings": 64}
+    vision |= {"out_hidden_size": 96, "num_position_embeddings": 64}
     vision |= {"deepstack_visual_indexes": [0]}
     ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in MARKS.items()}
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
@@ -115,8 +115,10 @@ def lessons(solve: Callable[[Hand, random.Random], str], size: int, seed: int) -
         yield [(messages(hand), draw(hand), solve(hand, rng)) for hand in dealt]
 
 
-def build(out: Path, tokenizer, config, batches: Iterator, seed: int, steps: int, dtype: str):
-    """Trains a Qwen3-VL from random weights, and saves it with its tokenizer and processors.
+def build(
+    out: Path, tokenizer, config, batches: Iterator, seed: int, steps: int, dtype: str, start=None
+):
+    """Trains a Qwen3-VL, and saves it with its tokenizer and processors.
 
     AdamW, lr 2e-3 with 20 steps of warm-up and linear decay, loss on the solution's tokens only.
 
@@ -124,6 +126,7 @@ def build(out: Path, tokenizer, config, batches: Iterator, seed: int, steps: int
         out: Where the model goes.
         batches: One batch for each step, of (messages, picture, solution).
         dtype: Of the saved weights; training is in fp32.
+        start: A model to start from, in place of random weights.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -137,8 +140,10 @@ def build(out: Path, tokenizer, config, batches: Iterator, seed: int, steps: int
     processor = Qwen2VLImageProcessorPil(**pictures)
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
+    if start:
+        model = AutoModelForImageTextToText.from_pretrained(start)
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:  # the library's std of 0.02 is meant for widths in the thousands
+        if parameter.ndim > 1 and not start:  # the library's std of 0.02 is meant for widths in the thousands
             fan_in = parameter[0].numel() if "embed" not in name else parameter.shape[-1]
             torch.nn.init.normal_(parameter, std=fan_in**-0.5)
     weights = list(model.parameters())
@@ -196,8 +201,8 @@ def build_base(
     build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "float32")
 
 
-def build_teacher(out: Path = TEACHER, seed: int = 1, steps: int = 1000, batch: int = 128) -> None:
-    """Trains the teacher, twice as large, on solutions that stop at every ten.
+def build_teacher(out: Path = TEACHER, seed: int = 1, steps: int = 400, batch: int = 64) -> None:
+    """Trains the teacher, from the base on, on solutions that stop at every ten.
 
     Args:
         out: Where the teacher goes.
@@ -207,8 +212,7 @@ def build_teacher(out: Path = TEACHER, seed: int = 1, steps: int = 1000, batch: 
     """
     tokenizer = build_tokenizer()
     batches = lessons(lambda hand, rng: make_ten(hand), batch, seed)
-    config = tiny_config(tokenizer, hidden=128, layers=4)
-    build(out, tokenizer, config, batches, seed, steps, "bfloat16")
+    build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "bfloat16", start=BASE)
 
 
 def show(out: Path = Path("cards.png")) -> None:
