@@ -59,7 +59,9 @@ The reported D* is about 20 from the base and 70 in mid-training. Slower drift a
 explain this: D*(0.04, 0.0326) = 20, but D*(0.04, 0.00259) = 70. Slower learning alone
 cannot: as alpha falls to 0, D* rises only to 1 / beta, here 31.
 
-    python signal_theory.py  # two tables, and signal_theory.png
+V grows through wrong answers, which never take a slot; for right ones see `guided_pull`.
+
+    python signal_theory.py  # three tables, signal_theory.png and signal_theory_law.png
     python signal_theory.py --run runs/autonpo  # with what an AutoNPO run measured
 """
 
@@ -188,9 +190,8 @@ def gradients(theta, drift, distance: float, tokens, advantage):
     The first has the sequence's weight, equation (1); the second a weight per token, as in
     NPO. `tokens` is (N, T), `advantage` (N,).
     """
-    length = tokens.shape[1]
+    length, before = tokens.shape[1], contexts(tokens, theta.shape[1])
     p = numpy.exp(log_softmax(theta))
-    before = contexts(tokens, theta.shape[1])
     scores = numpy.zeros((*tokens.shape, *theta.shape))  # (N, T, M + 1, M) every token's u
     n, j = numpy.indices(tokens.shape)
     scores[n, j, before] -= p[before]
@@ -198,8 +199,7 @@ def gradients(theta, drift, distance: float, tokens, advantage):
     scores = scores.reshape(len(tokens), length, -1)
     guide = theta + distance * drift
     log_ratio = token_logprobs(theta, tokens) - token_logprobs(guide, tokens)  # (N, T)
-    weight = numpy.exp(log_ratio.sum(axis=1))
-    whole = weight[:, None] * scores.sum(axis=1) / length
+    whole = numpy.exp(log_ratio.sum(axis=1))[:, None] * scores.sum(axis=1) / length
     by_token = (numpy.exp(log_ratio)[:, :, None] * scores).sum(axis=1) / length
     return advantage[:, None] * whole, advantage[:, None] * by_token
 
@@ -232,11 +232,53 @@ def enumerated(theta, drift, distance: float, length: int) -> dict[str, float]:
 def small_policy(vocabulary: int = 4, seed: int = 0):
     """(theta, drift per step), both random; 30 steps of this drift are far."""
     random = numpy.random.default_rng(seed)
-    shape = vocabulary + 1, vocabulary
-    return random.normal(size=shape), 0.05 * random.normal(size=shape)
+    theta, drift = random.normal(size=(2, vocabulary + 1, vocabulary))
+    return theta, 0.05 * drift
 
 
-# ---- The tables and the picture ------------------------------
+# ---- What a slot is worth: the law of decisive tokens --------
+
+
+def group_pull(p, L: int, n: int = 8):
+    """`guided_pull` of a plain GRPO group."""
+    return guided_pull(p, p, L, n, m=0)
+
+
+def guided_pull(p, q, L: int, n=8, m=8, gate=0.6, clip_high=0.28, ratio="token"):
+    """The expected pull of a group on the decisive logit, enumerated; gate and slot as in npo.py.
+
+    A right answer needs L decisive tokens, each of probability p under the policy and q under its
+    guide (in (0, 1), arrays too); the others are certain. With u the decisive tokens' mean score, g
+    the guide's chance of a right answer among m, and rho the weight of u in the guide's slot,
+
+        (10)  u = L (1 - p) in right answers, -p^L / (1 - p^L) times that in wrong ones;
+        (11)  g(q) = 1 - (1 - q^L)^m;  rho = p/q (token), (p/q)^L (sequence: the product), 1 (none);
+        (12)  pull / GRPO's = 1 - g + g (rho + p^L) / (n p^L) + g (1 - 1/n) sqrt((n-2) / (2 n - 2));
+        (13)  d log g / d log q = 1 at the best q: far enough to know, near enough to be believed.
+
+    (12) if n p^L << 1: then at most one own answer of a group is right. (13) with a token ratio and
+    L > 1: the middle term counts, S = Q / V with Q = g and V = q/p, and one q is best for every p.
+    If L = 1, or with a sequence ratio, g rho <= m p^L: nothing beats asking the policy itself
+    (q = p) m times more. Without a ratio (no IS) the pull rises with q.
+    """
+    rho, success = {"token": p / q, "sequence": (p / q) ** L, "none": 1.0}[ratio], p**L
+    rho, total = numpy.where(rho > 1 + clip_high, 0.0, rho), 0.0  # the clip stops the gradient
+
+    # Rewards are 0 and 1. With 0.1 and 1, only the 1e-6 would count differently.
+    def pull(right, rho):  # of n slots, where one of the right ones weighs rho
+        advantage = (1 - right / n) / (math.sqrt(right * (n - right) / n / (n - 1)) + 1e-6)
+        return advantage * (right - 1 + rho + right * success / (1 - success))
+
+    for right in range(n):  # own right answers; n of n have no advantage
+        lost = right / n  # chance that the last slot was right, which the guide's answer takes
+        mixed = lost * pull(right, rho) + (1 - lost) * pull(right + 1, rho)
+        g = 1 - (1 - q**L) ** m if right / n <= gate else 0.0
+        chance = math.comb(n, right) * success**right * (1 - success) ** (n - right)
+        total += chance * ((1 - g) * pull(right, 1.0) + g * mixed)
+    return L * (1 - p) * total / n
+
+
+# ---- The tables and the pictures -----------------------------
 
 EARLY, MIDDLE = (0.0400, 0.0326), (0.0100, 0.0099)  # (alpha, beta): D* about 20, 70
 DISTANCES, LENGTH = (0, 2, 4, 8, 16, 32, 64, 256), 5
@@ -245,20 +287,17 @@ DISTANCES, LENGTH = (0, 2, 4, 8, 16, 32, 64, 256), 5
 def print_growth(theta, drift) -> None:
     """V, both laws, and the gradients' variance relative to D = 0, by distance."""
     k, beta = growth_rates(theta, drift, LENGTH)
-    sequences = f"{theta.shape[1]}^{LENGTH} sequences"
-    print(f"V = E_q[w^2] over {sequences}; k {k:.2e}, beta {beta:.3f}", end="")
-    print(f": the laws cross at D = {beta / k:.0f}")
+    print(f"V = E_q[w^2] over {theta.shape[1]}^{LENGTH} sequences; k {k:.2e}", end="")
+    print(f", beta {beta:.3f}: the laws cross at D = {beta / k:.0f}")
     print("  D  closed form  enumerated  exp(beta D)  exp(k D^2)  closer", end="")
     print("  gradient variance: sequence, token")
     start = enumerated(theta, drift, 0, LENGTH)
     for distance in DISTANCES:
-        exact = enumerated(theta, drift, distance, LENGTH)
-        closed = closed_form(theta, drift, distance, LENGTH)
+        exact, closed = (f(theta, drift, distance, LENGTH) for f in (enumerated, closed_form))
         bound, local = variance(distance, beta), local_variance(distance, k)
         is_local = abs(math.log(local / closed)) <= math.log(bound / closed)
         closer = ("local" if is_local else "bound") if distance else ""
-        whole = exact["gradient"] / start["gradient"]
-        by_token = exact["gradient_by_token"] / start["gradient_by_token"]
+        whole, by_token = (exact[key] / start[key] for key in ("gradient", "gradient_by_token"))
         print(f"{distance:3d}  {closed:11.5g}  {exact['second_moment']:10.5g}", end="")
         print(f"  {bound:11.4g}  {local:10.4g}  {closer:6}  {whole:9.4g}, {by_token:.4g}")
 
@@ -299,52 +338,33 @@ def measured(run: Path) -> list[dict]:
     return found
 
 
-def draw_figure(theta, drift, decisions: list[dict], path: Path) -> None:
-    """Three panels: V with both laws; Q and S; V / Q with D*. Measured is grey."""
-    import matplotlib
-    from matplotlib.figure import Figure
+def print_law() -> dict[str, dict]:
+    """Pulls by L, and where each S peaks; returns ratio -> L -> (q, relative pull), to be drawn."""
+    curves = {"token": {}, "sequence": {}, "none": {}}
+    print("\nPull / GRPO's at p^L = .001 token ratio      sequence  no IS    g/q    Q/V of (3)")
+    print("L     16    D=0   near   at q    far   near    far    far   at q   at q   pull")
+    for L in (1, 2, 3, 5):
+        p = 0.001 ** (1 / L)
+        q, own = numpy.linspace(p, 1, 2001), group_pull(p, L)
+        for ratio, found in curves.items():
+            found[L] = q, guided_pull(p, q, L, ratio=ratio) / own
+        (token, whole, none), good = (found[L][1] for found in curves.values()), 1 - (1 - q**L) ** 8
+        paper = good / [second_moment([p, 1 - p], [x, 1 - x]) ** L for x in q]
+        near, theirs = token.argmax(), paper.argmax()
+        row = [group_pull(p, L, 16) / own, token[0], token[near], q[near], token[-1], whole.max()]
+        row += [whole[-1], none[-1], q[(good / q).argmax()], q[theirs], token[theirs]]
+        print(L, *(f"{cell:6.2f}" for cell in row))
+    return curves
 
-    matplotlib.rcdefaults()  # dark on white, whatever the reader's own style
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    v_axes, s_axes, cost_axes = figure.subplots(1, 3)
 
+def theory_curves(theta, drift) -> tuple[tuple, tuple]:
+    """For the picture: D, both laws, V, every 8th V enumerated; D, and twice Q, V and D*."""
+    near, far = numpy.arange(65), numpy.linspace(0.5, 200, 400)
     k, beta = growth_rates(theta, drift, LENGTH)
-    distance = numpy.linspace(0, 64, 65)
-    closed = [closed_form(theta, drift, d, LENGTH) for d in distance]
-    summed = [enumerated(theta, drift, d, LENGTH)["second_moment"] for d in distance[::8]]
-    v_axes.plot(distance, variance(distance, beta), "C3--", label=r"bound $e^{\beta D}$")
-    v_axes.plot(distance, local_variance(distance, k), "C0:", lw=2, label=r"local $e^{kD^2}$")
-    v_axes.plot(distance, closed, "k", label="V, closed form")
-    v_axes.plot(distance[::8], summed, "ko", label="V, enumerated")
-    v_axes.set(title=f"V of {LENGTH}-token answers", yscale="log", ylim=(0.5, 10 * closed[-1]))
-
-    distance = numpy.linspace(0.5, 200, 400)
-    for name, (alpha, beta), color in (("early", EARLY, "C0"), ("mid-training", MIDDLE, "C1")):
-        good, noisy = quality(distance, alpha), variance(distance, beta)
-        best = optimal_distance(alpha, beta)
-        least = variance(best, beta) / quality(best, alpha)
-        s_axes.plot(distance, good, color, label=f"Q, {name}")
-        s_axes.plot(distance, signal(good, noisy), f"{color}--", label=f"S, {name}")
-        s_axes.plot(best, 1 / least, f"{color}o")
-        cost_axes.plot(distance, noisy / good, color, label=f"{name}: $D^*$ = {best:.0f}")
-        cost_axes.plot([best, best], [1, least], f"{color}o:")
-    s_axes.set(title="Q rises, S = Q / V peaks at $D^*$", ylim=(0, 1))
-    cost_axes.set(title="1/S = V / Q is U-shaped", yscale="log", ylim=(1, 200))
-
-    for decision in decisions:
-        table, keys = decision["autonpo/table"], ("distance", "quality", "variance")
-        at, good, noisy = (numpy.array([row[key] for row in table]) for key in keys)
-        name = f"run's step {decision['autonpo/step']}"
-        v_axes.plot(at, noisy, "C7x-", label=f"V, {name}")
-        s_axes.plot(at, good, "C7x-", label=f"Q, {name}")
-        s_axes.plot(at, signal(good, noisy), "C7x--", label=f"S, {name}")
-        cost = noisy / numpy.where(good > 0, good, math.nan)  # nothing solved: no point
-        cost_axes.plot(at, cost, "C7x-", label=name)
-    for axes in (v_axes, s_axes, cost_axes):
-        axes.set_xlabel("D (steps)")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
-    figure.savefig(path, dpi=150)
+    closed = [closed_form(theta, drift, d, LENGTH) for d in near]
+    summed = [enumerated(theta, drift, d, LENGTH)["second_moment"] for d in near[::8]]
+    both = [(quality(far, a), variance(far, b), optimal_distance(a, b)) for a, b in (EARLY, MIDDLE)]
+    return (near, variance(near, beta), local_variance(near, k), closed, summed), (far, *both)
 
 
 def main(run: Path | None = None, out: Path = Path("signal_theory.png")) -> None:
@@ -352,7 +372,7 @@ def main(run: Path | None = None, out: Path = Path("signal_theory.png")) -> None
 
     Args:
         run: an AutoNPO run directory; adds the Q, V and S that it measured.
-        out: the picture.
+        out: the picture; the law's is named *_law.png.
     """
     if not out.resolve().parent.is_dir():
         raise SystemExit(f"error: --out {out}: create the folder {out.parent} first")
@@ -360,13 +380,17 @@ def main(run: Path | None = None, out: Path = Path("signal_theory.png")) -> None
     theta, drift = small_policy()
     print_growth(theta, drift)
     print_optimum()
+    curves, law = print_law(), out.with_stem(f"{out.stem}_law")
     for decision in decisions:
         print(f"\nMeasured at step {decision['autonpo/step']}: {decision['autonpo/reason']}")
         print("  D   Q      V      S")
         for row in decision["autonpo/table"]:
             print("{distance:4d}  {quality:.3f}  {variance:.3f}  {signal:.3f}".format(**row))
-    draw_figure(theta, drift, decisions, out)
-    print(f"\npicture: {out}")
+    from plumbing import figures  # so late because all above stands on its own
+
+    figures.draw_theory(*theory_curves(theta, drift), decisions, out)
+    figures.draw_law(curves, law)
+    print(f"\npicture: {out}\npicture: {law}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ memory          what a configuration takes, before and at the start of a run
 command         flags in, exit code out
 run             the run directory, its seeds and its resume
 guide_cache     guide.jsonl
+figures         the pictures of signal_theory.py
 report          curves, summary, and the last words of a run
 """
 

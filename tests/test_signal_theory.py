@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import signal_theory as st
+from grpo import clipped_policy_loss, group_advantages
+from plumbing.figures import draw_law, draw_theory
 
 # Two tokens. First token: p = (1/2, 1/2), q = (3/4, 1/4). After token 0: p = q = (1/2, 1/2).
 # After token 1: p = (1/3, 2/3), q = (1/2, 1/2).
@@ -167,6 +169,129 @@ def test_growth_is_proportional_to_length_for_independent_tokens():
         assert st.growth_rates(theta, drift, length) == pytest.approx(length * rates)
 
 
+# ---- The law of decisive tokens: p^L, L, and the pulls relative to GRPO's at success 0.001
+
+
+def by_hand(p: float, q: float, L: int, m: int, n: int, gate: float, weight: float) -> float:
+    """Every group of n answers one by one, with group_advantages; a list entry is True if right."""
+    success, g, total = p**L, 1 - (1 - q**L) ** m, 0.0
+    score = {True: L * (1 - p), False: -success * L * (1 - p) / (1 - success)}
+    for own in itertools.product((True, False), repeat=n):
+        chance = math.prod(success if right else 1 - success for right in own)
+        known = g if sum(own) / n <= gate else 0.0
+        for answers, weights, share in (
+            (own, [1] * n, 1 - known),
+            ((*own[:-1], True), [1] * (n - 1) + [weight], known),
+        ):
+            rewards = torch.tensor([[0.1 + 0.9 * right for right in answers]], dtype=torch.float64)
+            slots = zip(group_advantages(rewards)[0].tolist(), answers, weights)
+            total += chance * share * sum(a * w * score[right] for a, right, w in slots) / n
+    return total
+
+
+@pytest.mark.parametrize(
+    ("ratio", "q", "gate", "weight"),
+    [
+        ("token", 0.7, 0.6, 4 / 7),
+        ("sequence", 0.7, 0.2, (4 / 7) ** 3),
+        ("none", 0.7, 0.6, 1.0),
+        ("token", 0.35, 0.6, 0.4 / 0.35),  # up to 1.28 the clip lets it through
+        ("token", 0.3, 0.6, 0.0),  # 1.33: stopped
+        ("sequence", 0.36, 0.6, 0.0),  # 1.11 per token, but 1.37 in all
+        ("none", 0.3, 1.0, 1.0),
+    ],
+)
+def test_pull_is_that_of_every_group_one_by_one(ratio, q, gate, weight):
+    found = st.guided_pull(0.4, q, 3, n=5, m=4, gate=gate, ratio=ratio)
+    assert found == pytest.approx(by_hand(0.4, q, 3, 4, 5, gate, weight), rel=1e-5)
+    assert st.group_pull(0.4, 3, 5) == pytest.approx(by_hand(0.4, q, 3, 0, 5, gate, 0), rel=1e-5)
+
+
+def test_pull_of_two_slots_by_hand():
+    """One right of two: A = +-1/sqrt(2). p = .6, L = 2: success .36, score .8 or -.45."""
+    own = 2 * 0.36 * 0.64 * (0.8 + 0.45) / math.sqrt(2) / 2
+    assert st.group_pull(0.6, 2, 2) == pytest.approx(own, rel=1e-5)
+    g, rho = 1 - (1 - 0.81) ** 3, 0.6 / 0.9
+    # The guide's answer beside a wrong first one; beside a right one, or for two right, A is 0.
+    beside_wrong = 0.64 * (0.8 * rho + 0.45) / math.sqrt(2) / 2
+    guided = (1 - g) * own + g * beside_wrong
+    assert st.guided_pull(0.6, 0.9, 2, n=2, m=3) == pytest.approx(guided, rel=1e-5)
+
+
+def test_pull_is_the_gradient_of_the_loss():
+    """L = 1, two own wrong answers and the guide's right one, differentiated by torch."""
+    p, q = 0.3, 0.5
+    logit = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
+    right, wrong = torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)
+    logprobs = torch.stack([wrong, wrong, right])[:, None]
+    old = torch.tensor([[1 - p], [1 - p], [q]], dtype=torch.float64).log()
+    advantages = group_advantages(torch.tensor([[0.1, 0.1, 1.0]], dtype=torch.float64))[0]
+    loss, _ = clipped_policy_loss(logprobs, old, advantages, torch.ones(3, 1, dtype=torch.bool))
+    loss.backward()
+    # gate 0: only the groups without a right answer are guided; the guide is always right once
+    chance = (1 - p) ** 3
+    own, mixed = st.group_pull(p, 1, 3), st.guided_pull(p, q, 1, n=3, m=1000, gate=0.0)
+    assert (mixed - own) / chance == pytest.approx(-logit.grad.item(), rel=1e-5)
+
+
+def test_closed_form_of_rare_successes():
+    """Equation (12), for n, m and q that are not the defaults."""
+    n, m, L, p = 6, 5, 3, 0.01
+    for ratio, rho in (("token", p / 0.4), ("sequence", (p / 0.4) ** 3), ("none", 1.0)):
+        g, success = 1 - (1 - 0.4**L) ** m, p**L
+        lost = g * (1 - 1 / n) * math.sqrt((n - 2) / (2 * n - 2))
+        expected = 1 - g + g * (rho + success) / (n * success) + lost
+        found = st.guided_pull(p, 0.4, L, n=n, m=m, ratio=ratio) / st.group_pull(p, L, n)
+        assert found == pytest.approx(expected, rel=1e-4)
+    plain = 8 * p**L * L * (1 - p) * (7 / 8 / math.sqrt(1 / 8)) / 8  # n p^L groups have one
+    assert st.group_pull(p, L) == pytest.approx(plain, rel=1e-4)
+
+
+LAW = {  # 16 slots, D = 0, near, its q, far, no IS far; then g/q's q, Q/V's q and share of near
+    1: (1.51, 1.99, 1.99, 0.001, 0.82, 126, 0.001, 0.24, 0.60),
+    2: (1.51, 1.99, 8.20, 0.39, 4.65, 126, 0.40, 0.37, 1.00),
+    3: (1.51, 1.99, 18.6, 0.61, 13.2, 126, 0.61, 0.43, 0.81),
+    5: (1.51, 1.99, 38.3, 0.79, 32.1, 126, 0.79, 0.52, 0.44),
+}
+
+
+@pytest.mark.parametrize("L", LAW)
+def test_the_law_in_numbers_and_where_each_signal_peaks(L):
+    p, q = 0.001 ** (1 / L), numpy.linspace(0.001 ** (1 / L), 1, 5001)
+    own = st.group_pull(p, L)
+    token, none = (st.guided_pull(p, q, L, ratio=ratio) / own for ratio in ("token", "none"))
+    g, v = 1 - (1 - q**L) ** 8, numpy.array([st.second_moment([p, 1 - p], [x, 1 - x]) for x in q])
+    near, ours, papers = token.argmax(), (g / q).argmax(), (g / v**L).argmax()
+    found = [st.group_pull(p, L, 16) / own, token[0], token[near], q[near], token[-1], none[-1]]
+    found += [q[ours], q[papers], token[papers] / token[near]]
+    assert found == pytest.approx(LAW[L], rel=5e-3, abs=5e-3)
+    assert (numpy.diff(none) > -1e-3).all()  # without IS it only rises
+    whole = st.guided_pull(p, q, L, ratio="sequence") / own
+    assert (whole.argmax(), whole[-1]) == (0, pytest.approx(0.82, abs=5e-3))
+
+
+def test_the_best_guide_does_not_depend_on_the_policy():
+    q = numpy.linspace(0.2, 1, 8001)
+    for L, best in ((2, 0.401), (3, 0.614), (5, 0.789)):
+        g, slope = 1 - (1 - best**L) ** 8, 8 * L * best**L * (1 - best**L) ** 7
+        assert slope / g == pytest.approx(1, abs=0.01)  # equation (13)
+        for p in (0.01, 0.03):
+            assert q[st.guided_pull(p, q, L).argmax()] == pytest.approx(best, abs=0.01)
+
+
+def test_picture_of_the_law_marks_near_far_and_asking_again(tmp_path, monkeypatch, capsys):
+    shown = []
+    save = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(save, lambda figure, *_, **__: shown.append(figure))
+    draw_law(st.print_law(), tmp_path / "law.png")
+    assert "2   1.51   1.99   8.20   0.39   4.65   1.99   0.82 125.57" in capsys.readouterr().out
+    stars = [[x for x in axes.lines if x.get_marker() == "*"] for axes in shown[0].axes]
+    marks = [xy.round(2).tolist() for line in stars[0] for xy in line.get_xydata()]
+    assert marks == [[0.39, 8.2], [0.61, 18.6], [0.79, 38.33]] and stars[1:] == [[], []]
+    first = shown[0].axes[0].lines[1].get_xydata()[0]  # L = 1 at D = 0
+    assert first == pytest.approx([0.001, 1.993], abs=1e-3)
+
+
 def test_command(command, tmp_path):
     stayed = {"step": 31, "autonpo/step": 30, "autonpo/reason": "dip", "autonpo/table": []}
     decision = stayed | {"autonpo/step": 40, "autonpo/reason": "flat", "autonpo/table": MEASURED}
@@ -181,7 +306,8 @@ def test_command(command, tmp_path):
     assert "alpha 0.0400  beta 0.00259      70.00         70.0" in shown
     assert "maxima at D = 19 and 135" in shown and "no interior maximum" in shown
     assert "step 40: flat" in shown and "  10  0.250  1.250  0.200" in shown and "dip" not in shown
-    assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 50_000
+    for path in (picture, tmp_path / "picture_law.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 50_000
 
 
 def test_figure_shows_the_theory_and_the_measured_points(tmp_path, monkeypatch):
@@ -189,7 +315,7 @@ def test_figure_shows_the_theory_and_the_measured_points(tmp_path, monkeypatch):
     save = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(save, lambda figure, *_, **__: figures.append(figure))
     decisions = [{"autonpo/step": 40, "autonpo/table": MEASURED}]
-    st.draw_figure(theta, drift, decisions, tmp_path / "picture.png")
+    draw_theory(*st.theory_curves(theta, drift), decisions, tmp_path / "picture.png")
     v, s, cost = ({line.get_label(): line for line in axes.lines} for axes in figures[0].axes)
     assert v["V, run's step 40"].get_xydata().tolist() == [[10, 1.25], [20, 1.5]]
     assert s["Q, run's step 40"].get_ydata().tolist() == [0.25, 0]
