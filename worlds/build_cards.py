@@ -3,11 +3,11 @@
 The base learns from demonstrations that know everything but one thing: where adding a card carries
 into the next digit, they *forget the carry* four times in five, and continue from the wrong total:
 
-    27 +8= 25 +5= 20 \\boxed{20}
+    \\boxed{27 +8= 25 +5= 20}
 
 CARRY_RATE is how often they remember it, and so decides how sparse the reward is. The teacher
-learns from solutions that are always right, but written in another way: they stop at every ten that
-they pass (27 +3= 30 +5= 35 for a card of 8).
+learns from solutions that are always right, but come to them in another way: before the box, they
+stop at every ten that they pass (27 +3= 30 +5= 35 for a card of 8).
 
     OMP_NUM_THREADS=1 python -m worlds.build_cards base     # rebuilds cards_base, 7 minutes
     OMP_NUM_THREADS=2 python -m worlds.build_cards teacher  # rebuilds cards_teacher, 13 minutes
@@ -50,18 +50,18 @@ def demonstrate(hand: Hand, rng: random.Random, carry_rate: float = CARRY_RATE) 
         if carries and rng.random() >= carry_rate:
             total -= 10
         words.append(f"+{digit}= {total}")
-    return " ".join([*words, f"\\boxed{{{total}}}"])
+    return f"\\boxed{{{' '.join(words)}}}"
 
 
 def make_ten(hand: Hand) -> str:
-    """The teacher's solution, always right: a card that passes a ten is added in two steps."""
+    """The teacher's solution, always right: a card that passes a ten is first added in two steps."""
     total, words = hand.start, [str(hand.start)]
     for digit in hand.digits:
         to_ten = 10 - total % 10
         for part in (to_ten, digit - to_ten) if digit > to_ten else (digit,):
             total += part
             words.append(f"+{part}= {total}")
-    return " ".join([*words, f"\\boxed{{{total}}}"])
+    return " ".join([*words, f"\\boxed{{{hand.working}}}"])
 
 
 def build_tokenizer():
@@ -69,11 +69,11 @@ def build_tokenizer():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [*"0123456789", *(f" +{d}= " for d in range(10)), " \\boxed{", "}", " ", ".", "\n"]
+    pieces = [*"0123456789", *(f" +{d}= " for d in range(10)), "\\boxed{", "}", " ", ".", "\n"]
     pieces += ["user", "assistant", "Start", " at", " and", " add", " the", " cards", "<unk>"]
     vocabulary = {piece: index for index, piece in enumerate(SPECIAL + pieces)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words = Regex(r" \+\d= | \\boxed\{| ?[A-Za-z]+|.|\n")
+    words = Regex(r" \+\d= |\\boxed\{| ?[A-Za-z]+|.|\n")
     core.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(

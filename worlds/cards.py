@@ -44,6 +44,15 @@ class Hand:
         return self.start + sum(self.digits)
 
     @property
+    def working(self) -> str:
+        """The right answer with its working, as in "27 +8= 35 +5= 40"."""
+        total, words = self.start, [str(self.start)]
+        for digit in self.digits:
+            total += digit
+            words.append(f"+{digit}= {total}")
+        return " ".join(words)
+
+    @property
     def carries(self) -> int:
         """How many additions of the right solution carry into the next digit."""
         total, count = self.start, 0
