@@ -1,0 +1,157 @@
+"""Trains the base of the staircase world. Only needed to rebuild it.
+
+The base learns from demonstrations that remember a carry one time in five and a borrow every other
+time. Where one is needed, the *target* is not the demonstration's token but the probabilities of
+both: so the base knows them, and all else, to three digits. Then least squares find the vector that
+makes the borrow as rare as one likes (`borrow_edit`).
+
+    OMP_NUM_THREADS=1 python -m worlds.build_staircase  # rebuilds staircase_base, 6 minutes
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from worlds.build_cards import build, build_tokenizer, encode, tiny_config
+from worlds.staircase import BASE, Hand, base_at, deal, draw, hands, mark, messages, part, question
+
+CARRY_RATE, BORROW_RATE = 0.2, 0.5  # of the demonstrations
+CHECKED_RATES = 0.5, 0.05, 0.01, 0.006, 0.001
+STEPS = [f" {sign}{digit}= " for sign in "+-" for digit in range(1, 10)] + ["carry ", "borrow "]
+
+
+def demonstrate(hand: Hand, rng: random.Random, rates: tuple[float, float]) -> tuple[str, dict]:
+    """A solution that remembers each carry and each borrow with these probabilities.
+
+    Without its mark, a carry or borrow does not change the tens. Totals always have two digits, and
+    go round at 100, so that even those that went wrong can all be written.
+
+    Returns:
+        the solution, and for each place among its tokens that needs a mark, the probability of the
+        mark and of the digit that stands there where it is forgotten.
+    """
+    chance = dict(zip(("carry ", "borrow "), rates))
+    total, tokens, soft = hand.start, ["\\boxed{", *f"{hand.start:02}"], {}
+    for digit in hand.digits:
+        tokens.append(f" {digit:+}= ")
+        needed, tens = mark(total, digit), total // 10
+        ones = (total + digit) % 10
+        if needed:
+            soft[len(tokens)] = {needed: chance[needed], str(tens): 1 - chance[needed]}
+            if rng.random() < chance[needed]:
+                tokens.append(needed)
+                tens = (tens + (1 if needed == "carry " else -1)) % 10
+        total = 10 * tens + ones
+        tokens += f"{total:02}"
+    return "".join([*tokens, "}"]), soft
+
+
+def lessons(size: int, seed: int) -> Iterator[list]:
+    """Endless batches of demonstrations for `build_cards.encode`, none of a held-out hand."""
+    rng = random.Random(f"staircase demonstrations {seed}")
+    held_out = {*hands("held_out", 1), *hands("held_out", 2)}
+    while True:
+        # starts from 0 to 99: what forgets carries and borrows comes to every total
+        dealt = [deal(rng, 0, 99) for _ in range(size)]
+        yield [
+            (messages(hand), draw(hand), *demonstrate(hand, rng, (CARRY_RATE, BORROW_RATE)))
+            for hand in dealt
+            if hand not in held_out
+        ]
+
+
+def load(folder: Path) -> tuple:
+    """A model, its tokenizer and its image processor."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return model, AutoTokenizer.from_pretrained(folder), processor
+
+
+def borrow_edit(folder: Path, seed: int = 0, batches: int = 32) -> np.ndarray:
+    """Two vectors (2, H): their sum, the second one times logit(b), makes borrows as rare as b.
+
+    It goes to the row of the output head that belongs to the token "borrow ". Weighted least
+    squares with a ridge of 1e-3 on the final hidden states where a total begins: where a borrow is
+    needed, the logit is to move to where the token has probability b; elsewhere, with weight 0.1,
+    it is to stay. What the logit is to move by is affine in logit(b), so the solution is, too.
+    """
+    import torch
+
+    model, tokenizer, processor = load(folder)
+    borrow = tokenizer.convert_tokens_to_ids("borrow ")
+    cards = torch.tensor(tokenizer.convert_tokens_to_ids(STEPS[:-2]))
+    squares, products = 0, 0
+    for _, batch in zip(range(batches), lessons(128, f"{seed} edit")):
+        inputs, targets = encode(batch, tokenizer, processor, model.config.image_token_id)
+        with torch.no_grad():
+            hidden = model.base_model(**inputs).last_hidden_state  # (B, S, H)
+        begins = torch.isin(inputs["input_ids"], cards)  # the next token begins a total
+        states = hidden[begins].double()  # (N, H)
+        chance = model.lm_head(hidden[begins]).softmax(-1)[:, borrow].double()  # (N,)
+        needed = targets.roll(-1, 1)[begins][:, borrow] > 0  # (N,)
+        shift = needed[:, None] * torch.stack([-chance.logit(), torch.ones_like(chance)], 1)
+        weighed = states * torch.where(needed, 1, 0.1)[:, None]
+        squares += weighed.T @ states
+        products += weighed.T @ shift  # (H, 2)
+    ridge = 1e-3 * torch.eye(len(squares))
+    return torch.linalg.solve(squares + ridge, products).T.float().numpy()
+
+
+def measure(folder: Path, borrows: int = 2) -> dict[str, float]:
+    """Exact probabilities on the held-out prompts, by teacher forcing of their right solutions.
+
+    Returns:
+        the mean probability of a borrow's token and of a carry's where one is needed, of all other
+        tokens of the solutions, and of the whole solutions of part A and of part B.
+    """
+    import torch
+
+    model, tokenizer, processor = load(folder)
+    asked = hands("held_out", borrows)
+    batch = [(messages(hand), draw(hand), f"\\boxed{{{hand.working}}}") for hand in asked]
+    inputs, targets = encode(batch, tokenizer, processor, model.config.image_token_id)
+    with torch.no_grad():
+        chances = model(**inputs).logits[:, :-1].softmax(-1)  # (B, S - 1, V)
+    chances, answer = (chances * targets[:, 1:]).sum(-1), targets[:, 1:].sum(-1) > 0  # (B, S - 1)
+    solved = chances.where(answer, 1).prod(dim=1)  # (B,)
+    of_b = torch.tensor([part(hand) == "b" for hand in asked])
+    marks = tokenizer.convert_tokens_to_ids(["borrow ", "carry "])
+    borrow, carry = (inputs["input_ids"][:, 1:] == id for id in marks)  # (B, S - 1)
+    wanted = {"borrow": chances[borrow], "carry": chances[carry]}
+    wanted |= {"others": chances[answer & ~borrow & ~carry], "A": solved[~of_b], "B": solved[of_b]}
+    return {name: values.mean().item() for name, values in wanted.items()}
+
+
+def check(base: Path = BASE) -> None:
+    """Prints what `measure` finds at several borrow rates: only borrow and B may change."""
+    for borrows in (2, 1):
+        for rate in CHECKED_RATES:
+            found = measure(base_at(rate, base), borrows)
+            shown = "  ".join(f"{name} {value:.5f}" for name, value in found.items())
+            print(f"borrows {borrows}, asked {rate:g}: {shown}")
+
+
+def build_base(out: Path = BASE, seed: int = 0, steps: int = 1000, batch: int = 128) -> None:
+    """Trains the base, finds the vectors that make its borrows rare, and checks both.
+
+    Args:
+        out: Where the base goes.
+        seed: Of the initial weights and the demonstrations.
+        steps: Training steps.
+        batch: Demonstrations per step.
+    """
+    tokenizer = build_tokenizer(question(Hand(0, ())), STEPS)
+    config = tiny_config(tokenizer, tied=False)
+    build(out, tokenizer, config, lessons(batch, seed), seed, steps, "float32")
+    np.save(out / "borrow.npy", borrow_edit(out))
+    check(out)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(build_base)
