@@ -8,8 +8,9 @@ makes the borrow as rare as one likes (`borrow_edit`).
     OMP_NUM_THREADS=1 python -m worlds.build_staircase  # rebuilds staircase_base, 6 minutes
 """
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +18,20 @@ import numpy as np
 from worlds.build_cards import build, build_tokenizer, encode, tiny_config
 from worlds.staircase import BASE, Hand, base_at, deal, draw, hands, mark, messages, part, question
 
-CARRY_RATE, BORROW_RATE = 0.2, 0.5  # of the demonstrations
-CHECKED_RATES = 0.5, 0.05, 0.01, 0.006, 0.001
+RATES = 0.2, 0.5  # at which demonstrations remember a carry and a borrow
+CHECKED = [(2, rate) for rate in (0.5, 0.05, 0.01, 0.006, 0.001)] + [(1, 0.0005)]
 STEPS = [f" {sign}{digit}= " for sign in "+-" for digit in range(1, 10)] + ["carry ", "borrow "]
 
 
-def demonstrate(hand: Hand, rng: random.Random, rates: tuple[float, float]) -> tuple[str, dict]:
-    """A solution that remembers each carry and each borrow with these probabilities.
+def demonstrate(hand: Hand, rng: random.Random, rates=RATES) -> tuple[str, dict]:
+    """A solution that remembers each carry and each borrow with the probabilities `rates`.
 
-    Without its mark, a carry or borrow does not change the tens. Totals always have two digits, and
-    go round at 100, so that even those that went wrong can all be written.
+    Without the mark, the tens stay as they are. Totals always have two digits and wrap around at
+    100, so that all those that went wrong can be written, too.
 
     Returns:
-        the solution, and for each place among its tokens that needs a mark, the probability of the
-        mark and of the digit that stands there where it is forgotten.
+        the solution; and for each place among its tokens where a mark is needed, the probabilities
+        of the mark and of the digit that stands there if it is forgotten.
     """
     chance = dict(zip(("carry ", "borrow "), rates))
     total, tokens, soft = hand.start, ["\\boxed{", *f"{hand.start:02}"], {}
@@ -56,7 +57,7 @@ def lessons(size: int, seed: int) -> Iterator[list]:
         # starts from 0 to 99: what forgets carries and borrows comes to every total
         dealt = [deal(rng, 0, 99) for _ in range(size)]
         yield [
-            (messages(hand), draw(hand), *demonstrate(hand, rng, (CARRY_RATE, BORROW_RATE)))
+            (messages(hand), draw(hand), *demonstrate(hand, rng))
             for hand in dealt
             if hand not in held_out
         ]
@@ -64,20 +65,21 @@ def lessons(size: int, seed: int) -> Iterator[list]:
 
 def load(folder: Path) -> tuple:
     """A model, its tokenizer and its image processor."""
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, logging
 
+    logging.disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     return model, AutoTokenizer.from_pretrained(folder), processor
 
 
-def borrow_edit(folder: Path, seed: int = 0, batches: int = 32) -> np.ndarray:
-    """Two vectors (2, H): their sum, the second one times logit(b), makes borrows as rare as b.
+def borrow_edit(folder: Path, batches: Iterable[list]) -> np.ndarray:
+    """Two vectors (2, H): the first plus logit(b) times the second makes borrows as rare as b.
 
-    It goes to the row of the output head that belongs to the token "borrow ". Weighted least
-    squares with a ridge of 1e-3 on the final hidden states where a total begins: where a borrow is
-    needed, the logit is to move to where the token has probability b; elsewhere, with weight 0.1,
-    it is to stay. What the logit is to move by is affine in logit(b), so the solution is, too.
+    This sum is added to the row of the output head that belongs to the token "borrow ". It comes
+    from least squares, with a ridge of 1e-3, on the final hidden states where a total begins: where
+    a borrow is needed, the token's logit is to move to where its probability is b; elsewhere, with
+    weight 0.1, it is to stay. By how much it is to move is affine in logit(b), and so is the sum.
     """
     import torch
 
@@ -85,13 +87,13 @@ def borrow_edit(folder: Path, seed: int = 0, batches: int = 32) -> np.ndarray:
     borrow = tokenizer.convert_tokens_to_ids("borrow ")
     cards = torch.tensor(tokenizer.convert_tokens_to_ids(STEPS[:-2]))
     squares, products = 0, 0
-    for _, batch in zip(range(batches), lessons(128, f"{seed} edit")):
+    for batch in batches:
         inputs, targets = encode(batch, tokenizer, processor, model.config.image_token_id)
-        with torch.no_grad():
-            hidden = model.base_model(**inputs).last_hidden_state  # (B, S, H)
         begins = torch.isin(inputs["input_ids"], cards)  # the next token begins a total
-        states = hidden[begins].double()  # (N, H)
-        chance = model.lm_head(hidden[begins]).softmax(-1)[:, borrow].double()  # (N,)
+        with torch.no_grad():
+            states = model.base_model(**inputs).last_hidden_state[begins]  # (N, H)
+            chance = model.lm_head(states).softmax(-1)[:, borrow].double()  # (N,)
+        states = states.double()
         needed = targets.roll(-1, 1)[begins][:, borrow] > 0  # (N,)
         shift = needed[:, None] * torch.stack([-chance.logit(), torch.ones_like(chance)], 1)
         weighed = states * torch.where(needed, 1, 0.1)[:, None]
@@ -128,11 +130,10 @@ def measure(folder: Path, borrows: int = 2) -> dict[str, float]:
 
 def check(base: Path = BASE) -> None:
     """Prints what `measure` finds at several borrow rates: only borrow and B may change."""
-    for borrows in (2, 1):
-        for rate in CHECKED_RATES:
-            found = measure(base_at(rate, base), borrows)
-            shown = "  ".join(f"{name} {value:.5f}" for name, value in found.items())
-            print(f"borrows {borrows}, asked {rate:g}: {shown}")
+    for borrows, rate in CHECKED:
+        found = measure(base_at(rate, base), borrows)
+        shown = "  ".join(f"{name} {value:.5f}" for name, value in found.items())
+        print(f"borrows {borrows}, asked for {rate:g}: {shown}")
 
 
 def build_base(out: Path = BASE, seed: int = 0, steps: int = 1000, batch: int = 128) -> None:
@@ -147,7 +148,8 @@ def build_base(out: Path = BASE, seed: int = 0, steps: int = 1000, batch: int = 
     tokenizer = build_tokenizer(question(Hand(0, ())), STEPS)
     config = tiny_config(tokenizer, tied=False)
     build(out, tokenizer, config, lessons(batch, seed), seed, steps, "float32")
-    np.save(out / "borrow.npy", borrow_edit(out))
+    more = itertools.islice(lessons(batch, seed + 1), 16)
+    np.save(out / "borrow.npy", borrow_edit(out, more))
     check(out)
 
 

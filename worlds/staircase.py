@@ -121,7 +121,8 @@ def draw(hand: Hand) -> Image.Image:
 def base_at(borrow_rate: float, base: Path = BASE) -> Path:
     """The folder of the base that remembers a borrow with this probability, made on first use.
 
-    That probability is the mean over the places in held-out prompts of part B that need a borrow.
+    The probability, between 0 and 1, is the mean over the places in held-out prompts of part B that
+    need a borrow.
     The folder lies in staircase_at/ beside the base, named by the rate and by a hash of the base:
     a base that was built anew has others. It is written aside and renamed, so that two processes
     may ask at once.
