@@ -77,28 +77,27 @@ def borrow_edit(folder: Path, batches: Iterable[list]) -> np.ndarray:
     """Two vectors (2, H): the first plus logit(b) times the second makes borrows as rare as b.
 
     This sum is added to the row of the output head that belongs to the token "borrow ". It comes
-    from least squares, with a ridge of 1e-3, on the final hidden states where a total begins: where
-    a borrow is needed, the token's logit is to move to where its probability is b; elsewhere, with
-    weight 0.1, it is to stay. By how much it is to move is affine in logit(b), and so is the sum.
+    from least squares, with a ridge of 1e-3, on the final hidden states before each token of
+    demonstrations. Where a borrow is needed, the token's logit is to move to where its probability
+    is b; elsewhere, with weight 1e-3, it is to stay. By how much it is to move is affine in
+    logit(b), and so is the sum.
     """
     import torch
 
     model, tokenizer, processor = load(folder)
-    borrow = tokenizer.convert_tokens_to_ids("borrow ")
-    cards = torch.tensor(tokenizer.convert_tokens_to_ids(STEPS[:-2]))
-    squares, products = 0, 0
+    borrow, squares, products = tokenizer.convert_tokens_to_ids("borrow "), 0, 0
     for batch in batches:
         inputs, targets = encode(batch, tokenizer, processor, model.config.image_token_id)
-        begins = torch.isin(inputs["input_ids"], cards)  # the next token begins a total
+        following = targets.roll(-1, dims=1)  # (B, S, V)
+        learnt = following.any(dim=-1)  # (B, S), N places
         with torch.no_grad():
-            states = model.base_model(**inputs).last_hidden_state[begins]  # (N, H)
-            chance = model.lm_head(states).softmax(-1)[:, borrow].double()  # (N,)
-        states = states.double()
-        needed = targets.roll(-1, 1)[begins][:, borrow] > 0  # (N,)
-        shift = needed[:, None] * torch.stack([-chance.logit(), torch.ones_like(chance)], 1)
-        weighed = states * torch.where(needed, 1, 0.1)[:, None]
-        squares += weighed.T @ states
-        products += weighed.T @ shift  # (H, 2)
+            states = model.base_model(**inputs).last_hidden_state[learnt]  # (N, H)
+            chance = model.lm_head(states).double().softmax(-1)[:, borrow]  # (N,)
+        needed = following[learnt][:, borrow] > 0  # (N,)
+        wanted = torch.stack([-chance.logit(), torch.ones_like(chance)], dim=1)  # (N, 2)
+        weighed = states.double().T * torch.where(needed, 1, 1e-3)  # (H, N)
+        squares += weighed @ states.double()
+        products += weighed @ (wanted * needed[:, None])  # (H, 2)
     ridge = 1e-3 * torch.eye(len(squares))
     return torch.linalg.solve(squares + ridge, products).T.float().numpy()
 
