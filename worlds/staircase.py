@@ -17,6 +17,7 @@ is a plateau, then a step up: what part B needs must first be seen.
 head. build_staircase.py trains the base and finds that vector.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -83,7 +84,8 @@ def part(hand: Hand) -> str:
     return "b" if hand.borrows else "a"
 
 
-def hands(split: str, borrows: int = 2) -> list[Hand]:
+@functools.cache
+def hands(split: str, borrows: int = 2) -> tuple[Hand, ...]:
     """The 2,048 "train" or the 256 "held_out" hands: all different, the same on every machine.
 
     Parts A and B take turns. Every right total has two digits.
@@ -97,7 +99,7 @@ def hands(split: str, borrows: int = 2) -> list[Hand]:
         hand = deal(rng, 10, 89)
         if (hand.carries, hand.borrows) in wanted and all(10 <= t <= 99 for t in hand.totals):
             dealt[hand] = True
-    every = list(dealt)
+    every = tuple(dealt)
     cut = cards.TRAIN_PROMPTS
     return {"train": every[:cut], "held_out": every[cut:]}[split]
 
