@@ -1,5 +1,6 @@
 """The staircase world: hands, pictures, demonstrations, and the base at any borrow rate."""
 
+import hashlib
 import json
 import os
 import random
@@ -8,7 +9,6 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_cards import sha256
 from transformers import AutoConfig, AutoTokenizer
 
 from worlds import build_staircase, staircase
@@ -34,16 +34,15 @@ def test_hands_are_disjoint_and_always_the_same():
             assert 10 <= hand.start <= 89 and all(10 <= total <= 99 for total in hand.totals)
             needs = hand.carries, hand.borrows
             assert needs == (0, borrows) if part(hand) == "b" else needs in [(1, 0), (2, 0)]
-        assert sha256(repr([(h.start, h.digits) for h in train + held_out]).encode()) == pin
+        every = repr([(hand.start, hand.digits) for hand in train + held_out]).encode()
+        assert hashlib.sha256(every).hexdigest() == pin
 
 
 def test_pictures_are_always_the_same():
     image = staircase.draw(HAND)
     assert image.size == (128, 32)
-    assert (
-        sha256(image.tobytes())
-        == "105efbb616b1dfa06520532db08282502ddcf38b604824f854138ca75689f91c"
-    )
+    picture = hashlib.sha256(image.tobytes()).hexdigest()
+    assert picture == "105efbb616b1dfa06520532db08282502ddcf38b604824f854138ca75689f91c"
     red = np.asarray(image)[6:26, :, 0].reshape(20, 4, 32)[:, :, 6:26]  # inside of the four cards
     assert (red.min(axis=(0, 2)) < 100).tolist() == [True, False, True, True]  # black, red ink
 
@@ -66,22 +65,23 @@ def test_the_right_solution_has_its_marks_where_they_are_needed():
 
 def test_demonstrations_forget_carries_and_borrows():
     rng = random.Random(1)
-    assert demonstrate(HAND, rng, (1, 1))[0] == rf"\boxed{{{HAND.working}}}"
-    solution, soft = demonstrate(HAND, rng, (0.0, 0.0))
-    assert solution == r"\boxed{42 -8= 44 +7= 41 -5= 46 -9= 47}"
-    solution, soft = demonstrate(HAND, rng, (0.0, 1.0))
-    assert solution == r"\boxed{42 -8= borrow 34 +7= 31 -5= borrow 26 -9= borrow 17}"
-    solution, soft = demonstrate(Hand(17, (5, -8, 7, -9)), rng, (0.0, 1.0))  # round at 0
-    assert solution == r"\boxed{17 +5= 12 -8= borrow 04 +7= 01 -9= borrow 92}"
-    solution, soft = demonstrate(Hand(95, (7, -3, 1, 1)), rng, (1.0, 0.0))  # and at 100
-    assert solution == r"\boxed{95 +7= carry 02 -3= 09 +1= carry 10 +1= 11}"
-    said = [demonstrate(Hand(31, (-4, 1, 1, 1)), rng, (0.9, 0.3))[0] for _ in range(4000)]
-    assert (
-        abs(said.count(r"\boxed{31 -4= borrow 27 +1= 28 +1= 29 +1= carry 30}") / 4000 - 0.27) < 0.03
-    )
+
+    def said(start: int, digits: tuple, *rates: float) -> str:
+        return demonstrate(Hand(start, digits), rng, rates)[0].removeprefix("\\boxed{")
+
+    assert said(42, HAND.digits, 1, 1) == HAND.working + "}"
+    assert said(42, HAND.digits, 0, 0) == "42 -8= 44 +7= 41 -5= 46 -9= 47}"
+    solution = "42 -8= borrow 34 +7= 31 -5= borrow 26 -9= borrow 17}"
+    assert said(42, HAND.digits, 0, 1) == solution
+    # wrong totals wrap around at 0 and at 100
+    assert said(17, (5, -8, 7, -9), 0, 1) == "17 +5= 12 -8= borrow 04 +7= 01 -9= borrow 92}"
+    assert said(95, (7, -3, 1, 1), 1, 0) == "95 +7= carry 02 -3= 09 +1= carry 10 +1= 11}"
+    both = [said(31, (-4, 1, 1, 1), 0.9, 0.3) for _ in range(4000)]
+    right = both.count("31 -4= borrow 27 +1= 28 +1= 29 +1= carry 30}")
+    assert abs(right / 4000 - 0.27) < 0.03
 
 
-def test_targets_hold_the_chance_of_a_mark_where_it_is_needed(monkeypatch):
+def test_targets_hold_the_chance_of_a_mark_where_it_is_needed():
     """Places: box 0, start 1-2, card 3, and then a mark or the first digit of the total."""
     solution, soft = demonstrate(Hand(31, (-4, 1, 2, 5)), random.Random(1), (0.25, 0.0))
     assert solution == r"\boxed{31 -4= 37 +1= 38 +2= 30 +5= 35}"

@@ -124,21 +124,21 @@ def base_at(borrow_rate: float, base: Path = BASE) -> Path:
     """The folder of the base that remembers a borrow with this probability, made on first use.
 
     The probability, between 0 and 1, is the mean over the places in held-out prompts of part B that
-    need a borrow.
-    The folder lies in staircase_at/ beside the base, named by the rate and by a hash of the base:
-    a base that was built anew has others. It is written aside and renamed, so that two processes
-    may ask at once.
+    need a borrow. The folder lies in staircase_at/ beside the base, named by the rate and by a hash
+    of the base: one that was built anew gets others. It is written aside and renamed, so that two
+    processes may ask at once.
     """
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
     weights, edit = base / "model.safetensors", base / "borrow.npy"
     version = hashlib.sha256(weights.read_bytes() + edit.read_bytes()).hexdigest()[:8]
-    folder = base.with_name("staircase_at") / f"{borrow_rate:g}-{version}"
+    folder = base.with_name("staircase_at") / f"{borrow_rate}-{version}"
     if folder.is_dir():
         return folder
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.copytree(base, aside, ignore=shutil.ignore_patterns("README.md", edit.name))
+    unneeded = shutil.ignore_patterns("README.md", edit.name)
+    shutil.copytree(base, aside, ignore=unneeded, dirs_exist_ok=True)
     tensors = load_file(weights)
     row = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]["borrow "]
     constant, slope = np.load(edit)  # (H,) each
