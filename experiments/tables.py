@@ -92,7 +92,9 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 def early(runs: dict[str, list[Result]]) -> str:
     """The section on early bootstrapping. GRPO goes on until step LONG."""
-    header = "method | steps to the scout's final accuracy | GRPO's steps over its | the scout's steps"
+    header = (
+        "method | steps to the scout's final accuracy | GRPO's steps over its | the scout's steps"
+    )
     header += " counted, too | tokens, all counted | GRPO's tokens over its | accuracy at step "
     header += f"{WINDOW} | GRPO's at equal tokens"
     scouts, rows = [run.until(SCOUT) for run in runs["grpo"]], []

@@ -8,4 +8,8 @@ cards           the world of digit cards: hands, pictures, questions
 build_cards     trains the two models of this world; only needed to rebuild them
 cards_base/     the tiny base policy, right about once in 100 answers
 cards_teacher/  a larger model, mostly right, that writes in another way
+
+staircase        the world of red and black cards: half of the prompts need a rare skill
+build_staircase  trains its base, which does everything but carry and borrow; only to rebuild it
+staircase_base/  that base; staircase.base_at(b) makes its borrows as rare as b
 """

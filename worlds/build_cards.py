@@ -16,6 +16,7 @@ stop at every ten that they pass (27 +3= 30 +5= 35 for a card of 8).
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,7 @@ MARKS = {  # Qwen3VLConfig's names for the tokens that frame and stand for pictu
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
 }
+STEPS = [f" +{digit}= " for digit in range(10)]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *MARKS.values()]
 
 
@@ -64,16 +66,21 @@ def make_ten(hand: Hand) -> str:
     return " ".join([*words, f"\\boxed{{{hand.working}}}"])
 
 
-def build_tokenizer():
-    """Single digits, whole words, and ` +8= ` as one token: naming a card is a step by itself."""
+def build_tokenizer(asked: str, steps: list[str]):
+    """Single digits, whole words, and ` +8= ` as one token: naming a card is a step by itself.
+
+    Args:
+        asked: a question; its words are in the vocabulary.
+        steps: the world's other tokens, such as ` +8= `.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [*"0123456789", *(f" +{d}= " for d in range(10)), "\\boxed{", "}", " ", ".", "\n"]
-    pieces += ["user", "assistant", "Start", " at", " and", " add", " the", " cards", "<unk>"]
+    pieces = [*"0123456789", *steps, "\\boxed{", "}", " ", ".", "\n", "user", "assistant"]
+    pieces += [*dict.fromkeys(re.findall(r" ?[A-Za-z]+", asked)), "<unk>"]
     vocabulary = {piece: index for index, piece in enumerate(SPECIAL + pieces)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words = Regex(r" \+\d= |\\boxed\{| ?[A-Za-z]+|.|\n")
+    words = Regex("|".join(map(re.escape, steps)) + r"|\\boxed\{| ?[A-Za-z]+|.|\n")
     core.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
@@ -84,8 +91,8 @@ def build_tokenizer():
     return tokenizer
 
 
-def tiny_config(tokenizer):
-    """A Qwen3VLConfig of under 0.5 M parameters."""
+def tiny_config(tokenizer, tied: bool = True):
+    """A Qwen3VLConfig of about 0.48 M parameters. `tied`: the output head is the embedding."""
     from transformers import Qwen3VLConfig
 
     text = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3}
@@ -93,14 +100,14 @@ def tiny_config(tokenizer):
     text |= {"head_dim": 32}  # the smallest that vLLM's attention on CPU accepts
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
     text |= {"rope_parameters": rope | {"mrope_section": [8, 4, 4]}, "max_position_embeddings": 512}
-    text |= {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    text |= {"vocab_size": len(tokenizer), "tie_word_embeddings": tied}
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 1}
     vision |= {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
     vision |= {"out_hidden_size": 96, "num_position_embeddings": 64}
     vision |= {"deepstack_visual_indexes": [0]}
     ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in MARKS.items()}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
 
 
 def lessons(solve: Callable[[Hand, random.Random], str], size: int, seed: int) -> Iterator[list]:
@@ -115,21 +122,57 @@ def lessons(solve: Callable[[Hand, random.Random], str], size: int, seed: int) -
         yield [(messages(hand), draw(hand), solve(hand, rng)) for hand in dealt]
 
 
+def encode(batch: list, tokenizer, processor, image_token_id: int) -> tuple:
+    """What a Qwen3-VL reads, and what it should say.
+
+    Args:
+        batch: B tuples (messages, picture, solution) or (messages, picture, solution, soft), where
+            soft[place] = {token: probability} holds at that place of the solution's tokens.
+    Returns:
+        the model's arguments, and targets (B, S, V): the probabilities of each token, given all
+        before it; all 0 on the prompt and on the padding, where nothing is learnt.
+    """
+    import torch
+    from torch.nn.functional import one_hot
+    from torch.nn.utils.rnn import pad_sequence
+
+    tokens, targets = [], []
+    for asked, picture, solution, *soft in batch:
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        visual_tokens = picture.width * picture.height // CARD_PX**2
+        text = text.replace("<|image_pad|>", "<|image_pad|>" * visual_tokens)
+        prompt = tokenizer(text).input_ids
+        answer = tokenizer(solution).input_ids + [tokenizer.eos_token_id]
+        tokens.append(torch.tensor(prompt + answer))
+        wanted = one_hot(tokens[-1], len(tokenizer)).float()
+        wanted[: len(prompt)] = 0
+        for place, chances in soft[0].items() if soft else ():
+            ids = tokenizer.convert_tokens_to_ids(list(chances))
+            wanted[len(prompt) + place] = 0
+            wanted[len(prompt) + place, ids] = torch.tensor(list(chances.values()))
+        targets.append(wanted)
+    ids = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id)
+    pixels = processor([picture for _, picture, *_ in batch], return_tensors="pt")
+    types = (ids == image_token_id).int()
+    return {"input_ids": ids, "mm_token_type_ids": types, **pixels}, pad_sequence(targets, True)
+
+
 def build(
     out: Path, tokenizer, config, batches: Iterator, seed: int, steps: int, dtype: str, start=None
 ):
     """Trains a Qwen3-VL, and saves it with its tokenizer and processors.
 
-    AdamW, lr 2e-3 with 20 steps of warm-up and linear decay, loss on the solution's tokens only.
+    AdamW, lr 2e-3 with 20 steps of warm-up and linear decay. The loss is the cross-entropy of the
+    solution's tokens, less the entropy of the targets: 0 for a model that knows all there is.
 
     Args:
         out: Where the model goes.
-        batches: One batch for each step, of (messages, picture, solution).
+        batches: One batch for each step, as `encode` takes it.
         dtype: Of the saved weights; training is in fp32.
         start: A model to start from, in place of random weights.
     """
     import torch
-    from torch.nn.utils.rnn import pad_sequence
+    from torch.nn.functional import kl_div
     from torch.optim.lr_scheduler import LambdaLR
     from tqdm import trange
     from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
@@ -143,7 +186,9 @@ def build(
     if start:
         model = AutoModelForImageTextToText.from_pretrained(start)
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and not start:  # the library's std of 0.02 is meant for widths in the thousands
+        if (
+            parameter.ndim > 1 and not start
+        ):  # the library's std of 0.02 is meant for widths in the thousands
             fan_in = parameter[0].numel() if "embed" not in name else parameter.shape[-1]
             torch.nn.init.normal_(parameter, std=fan_in**-0.5)
     weights = list(model.parameters())
@@ -152,26 +197,15 @@ def build(
     count = sum(weight.numel() for weight in weights)
     bar = trange(steps, desc=f"building {out.name} ({count:,} parameters)")
     for _, batch in zip(bar, batches):
-        tokens, targets = [], []
-        for asked, picture, solution in batch:
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            visual_tokens = picture.width * picture.height // CARD_PX**2
-            text = text.replace("<|image_pad|>", "<|image_pad|>" * visual_tokens)
-            prompt = tokenizer(text).input_ids
-            answer = tokenizer(solution).input_ids + [tokenizer.eos_token_id]
-            tokens.append(torch.tensor(prompt + answer))
-            targets.append(torch.tensor([-100] * len(prompt) + answer))  # no loss on the prompt
-        ids = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_token_id)
-        labels = pad_sequence(targets, batch_first=True, padding_value=-100)
-        pixels = processor([picture for _, picture, _ in batch], return_tensors="pt")
-        types = (ids == config.image_token_id).int()
-        loss = model(input_ids=ids, labels=labels, mm_token_type_ids=types, **pixels).loss
+        inputs, targets = encode(batch, tokenizer, processor, config.image_token_id)
+        logprobs = model(**inputs).logits[:, :-1].log_softmax(-1)  # (B, S - 1, V)
+        loss = kl_div(logprobs, targets[:, 1:], reduction="sum") / targets[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.4f}")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     for part in (model.to(getattr(torch, dtype)), tokenizer, processor):
@@ -196,7 +230,7 @@ def build_base(
         batch: Demonstrations per step.
         carry_rate: How often a demonstration remembers a carry.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(question(Hand(0, ())), STEPS)
     batches = lessons(lambda hand, rng: demonstrate(hand, rng, carry_rate), batch, seed)
     build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "float32")
 
@@ -210,7 +244,7 @@ def build_teacher(out: Path = TEACHER, seed: int = 1, steps: int = 400, batch: i
         steps: Training steps.
         batch: Solutions per step.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(question(Hand(0, ())), STEPS)
     batches = lessons(lambda hand, rng: make_ten(hand), batch, seed)
     build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "bfloat16", start=BASE)
 

@@ -21,6 +21,7 @@ Three models ship with this world; build_cards.py trains the first two:
 """
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def messages(hand: Hand) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def draw(hand: Hand) -> Image.Image:
+def draw(hand: Hand, inks: Callable[[int], Sequence[str]] = lambda digit: INKS) -> Image.Image:
     """The row of cards, 32 x 32 px each. Ink and position vary, but not for the same hand."""
     rng = random.Random(f"{hand.start}:{hand.digits}")
     image = Image.new("RGB", (CARD_PX * len(hand.digits), CARD_PX), TABLE)
@@ -109,5 +110,5 @@ def draw(hand: Hand) -> Image.Image:
         pen.rounded_rectangle(box, radius=4, fill=CARD, outline=EDGE)
         middle = CARD_PX // 2
         center = (left + middle + rng.randint(-2, 2), middle + rng.randint(-2, 2))
-        pen.text(center, str(digit), fill=rng.choice(INKS), font=font, anchor="mm")
+        pen.text(center, str(abs(digit)), fill=rng.choice(inks(digit)), font=font, anchor="mm")
     return image
