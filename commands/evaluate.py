@@ -39,7 +39,6 @@ from plumbing.model import Policy
 from plumbing.rollout import Prompt, batched
 from plumbing.run import derived_seed, read_jsonl
 from plumbing.settings import WORLDS, ModelConfig, within
-from worlds import cards
 
 
 @dataclass
@@ -101,7 +100,7 @@ def asked_items(config: EvaluateConfig) -> dict[str, list[Item]]:
     items = {}
     for name in config.names:
         if name in WORLDS:
-            prompts = world_prompts(name, "held_out")
+            prompts = world_prompts(name, config.borrows, "held_out")
             items[name] = [Item(p.id, p.id, "", lambda p=p: p) for p in prompts]
         else:
             items[name] = items_of(name, config.data_dir)
@@ -273,17 +272,20 @@ def table(model: str, samples: int, found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def world_table(name: str, scores: list[list[float]]) -> str:
-    """A world by number of cards and of carries."""
-    samples, hands = len(scores[0]), cards.hands("held_out")[: len(scores)]
+def world_table(name: str, borrows: int, scores: list[list[float]]) -> str:
+    """A world by number of cards and of carries, the staircase also of borrows."""
+    samples, hands = len(scores[0]), world_prompts(name, borrows, "held_out").rows[: len(scores)]
     keys = ("avg", "pass") if samples > 1 else ("avg",)
     titles = [f"{key}@{samples}, %" for key in keys]
     lines = [table_row(name, "hands", *titles), "|---" * (len(keys) + 2) + "|"]
-    for label_of in (
+    groupings = [
         lambda hand: "all",
         lambda hand: f"{len(hand.digits)} cards",
         lambda hand: f"{hand.carries} carries",
-    ):
+    ]
+    if name == "staircase":
+        groupings.append(lambda hand: f"{hand.borrows} borrows")
+    for label_of in groupings:
         labels = [label_of(hand) for hand in hands]
         for label in sorted({*labels}):
             some = [of_hand for of_hand, its in zip(scores, labels) if its == label]
@@ -306,7 +308,7 @@ def main(config: EvaluateConfig) -> None:
     for name, some in items.items():
         scores, counts = score(name, some, lines)
         found[name] = summary(scores) | counts
-        texts += [world_table(name, scores)] if name in WORLDS else []
+        texts += [world_table(name, config.borrows, scores)] if name in WORLDS else []
     if found.keys() & BENCHMARKS.keys():
         texts.append(table(config.model, config.samples, found))
     kept = {"model": config.model, "samples": config.samples, "benchmarks": found}

@@ -22,8 +22,7 @@ import verifier
 from plumbing import UsageError
 from plumbing.encode import MAX_IMAGES, image_parts, load_tokenizer, prompt_length
 from plumbing.rollout import Prompt
-from plumbing.settings import WORLDS
-from worlds import cards
+from worlds import cards, staircase
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 COLUMNS = {"prompt": "problem", "images": "images", "answer": "answer", "choices": ""}  # geometry3k
@@ -56,6 +55,7 @@ class PromptSet:
     make: Callable[[str, object], Prompt]  # (id, row) -> prompt
     kept: Sequence[int]  # the numbers of the rows that are asked
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> number of rows
+    parts: Sequence[str] = ()  # of a world that has several: the part of each row
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -68,13 +68,14 @@ class PromptSet:
 def load_prompts(config) -> tuple[PromptSet, PromptSet]:
     """Training and held-out prompts of a configuration, read once per process."""
     limits = config.eval_prompts, config.max_prompt_tokens
+    if config.in_world:
+        world = config.dataset, config.borrows
+        return world_prompts(*world, "train"), world_prompts(*world, "held_out", limits[0])
     return _load_prompts(config.dataset, config.columns, *limits, config.model_path)
 
 
 @functools.lru_cache(maxsize=2)
 def _load_prompts(dataset: str, columns: str, eval_prompts: int, max_tokens: int, model: str):
-    if dataset in WORLDS:
-        return world_prompts(dataset, "train"), world_prompts(dataset, "held_out", eval_prompts)
     names = COLUMNS | parse_columns(HUB_COLUMNS.get(dataset, "")) | parse_columns(columns)
     rows = open_dataset(dataset)
     if len(rows) <= eval_prompts:
@@ -93,18 +94,24 @@ def _load_prompts(dataset: str, columns: str, eval_prompts: int, max_tokens: int
     return tuple(sets)
 
 
-def world_prompts(name: str, split: str, count: int | None = None) -> PromptSet:
+@functools.lru_cache(maxsize=2)
+def world_prompts(name: str, borrows: int, split: str, count: int | None = None) -> PromptSet:
     """The first `count` prompts of a world. Gold is the whole working, but in cards_lax."""
-    hands = cards.hands(split)[:count]
+    if name == "staircase":
+        world, hands = staircase, staircase.hands(split, borrows)[:count]
+        parts = tuple(map(staircase.part, hands))
+    else:
+        world, hands, parts = cards, cards.hands(split)[:count], ()
 
     def make(id: str, hand: cards.Hand) -> Prompt:
-        messages, images = cards.messages(hand), [cards.draw(hand)]
+        messages, images = world.messages(hand), [world.draw(hand)]
         if name == "cards_lax":
             return Prompt(id, messages, images, str(hand.total), working=hand.working)
         return Prompt(id, messages, images, hand.working)
 
-    asked = ((cards.question(hand), hand.digits) for hand in hands)
-    return PromptSet(f"{name}-{split}-{fingerprint(asked)}", hands, make, range(len(hands)))
+    asked = ((world.question(hand), hand.digits) for hand in hands)
+    id = f"{name}-{split}-{fingerprint(asked)}"
+    return PromptSet(id, hands, make, range(len(hands)), parts=parts)
 
 
 def dataset_prompts(

@@ -278,7 +278,11 @@ class Run:
             accuracies = [group.pass_rate for group in groups]
         else:
             accuracies = exact_accuracies(self.policy, self.held_out, self.config)
-        return {"eval/accuracy": statistics.fmean(accuracies)}
+        found, parts = {"eval/accuracy": statistics.fmean(accuracies)}, self.held_out.parts
+        for name in sorted({*parts}):
+            some = [accuracy for accuracy, part in zip(accuracies, parts) if part == name]
+            found[f"eval/accuracy_{name}"] = statistics.fmean(some)
+        return found
 
     def end_step(
         self, step: int, groups: list[Group], stats: dict, mixed: list[Group] | None = None

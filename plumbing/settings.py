@@ -13,9 +13,13 @@ from typing import Literal
 import torch
 
 from plumbing import UsageError
-from worlds import cards
+from worlds import cards, staircase
 
-WORLDS = {"cards": cards.BASE, "cards_lax": cards.LAX}  # the embedded ones, and their bases
+WORLDS = {  # the embedded ones: how each of them finds its base
+    "cards": lambda config: cards.BASE,
+    "cards_lax": lambda config: cards.LAX,
+    "staircase": lambda config: staircase.base_at(config.borrow_rate),
+}
 
 # What a field that is None becomes: (in an embedded world, elsewhere)
 BY_WORLD = {
@@ -34,7 +38,9 @@ MAY_CHANGE_ON_RESUME = {"out", "fresh", "keep", "device", "vllm_memory", "micro_
 @dataclass
 class ModelConfig:
     # Model
-    model: str = "cards"  # a world's base (cards, cards_lax), a hub id, a save_pretrained folder
+    model: str = "cards"  # cards, cards_lax, staircase, a hub id, or a save_pretrained folder
+    borrows: int = 2  # staircase: how many each prompt of part B needs, 1 or 2
+    borrow_rate: float | None = None  # staircase: chance of one at the base [0.006; alone 0.0005]
     device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm if installed, on CUDA, no world]
 
@@ -42,6 +48,8 @@ class ModelConfig:
         if self.sampler == "auto":
             use_vllm = self.on_gpu and vllm_installed() and not self.in_world
             self.sampler = "vllm" if use_vllm else "hf"
+        if self.model == "staircase" and self.borrow_rate is None:
+            self.borrow_rate = staircase.BORROW_RATE.get(self.borrows)
 
     @property
     def in_world(self) -> bool:
@@ -54,7 +62,7 @@ class ModelConfig:
 
     @property
     def model_path(self) -> str:
-        return str(WORLDS.get(self.model, self.model))
+        return str(WORLDS[self.model](self) if self.model in WORLDS else self.model)
 
     @property
     def dtype(self) -> str:
@@ -63,6 +71,9 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises UsageError for the first value that makes no sense."""
+        within(self, "borrows", least=1, most=2)
+        if self.borrow_rate is not None:
+            within(self, "borrow_rate", above=0, below=1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: must be auto, cpu, cuda or cuda:N")
         if self.sampler == "vllm" and not vllm_installed():
@@ -138,6 +149,11 @@ class RunConfig(ModelConfig):
             within(self, name, least=1)
         for name in ("micro_batch_size", "max_prompt_tokens"):
             within(self, name, least=1)
+        if self.model == "staircase" != self.dataset:
+            raise UsageError(
+                f"--dataset {self.dataset}: the base of the staircase knows its own prompts alone; "
+                "leave --dataset out"
+            )
         of = "" if self.has_one_right_text else "0 needs a world with one right text a prompt"
         within(self, "eval_samples", least=0 if self.has_one_right_text else 1, of=of)
         if self.start and not (Path(self.start) / "state.json").is_file():

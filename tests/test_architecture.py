@@ -110,7 +110,7 @@ FORKED = {
     "signal_theory.signal": "quality, variance",
     "signal_theory.optimal_distance": "alpha, beta",
     "signal_theory.second_moment": "p, q",
-    "plumbing.rollout.Prompt": "id, messages, images, gold, choices=None",
+    "plumbing.rollout.Prompt": "id, messages, images, gold, choices=None, working=None",
     "plumbing.rollout.Completion": "prompt_id, token_ids, behavior_logprobs, text, finished, "
     "source='policy', exact=True, accuracy=None, reward=None",
     "plumbing.rollout.Group": "prompt, encoded, completions",

@@ -69,7 +69,7 @@ def test_demonstrations_forget_carries():
 def test_two_slips_that_cancel_out_are_wrong():
     """The last total, 50, is right. The lax form pays for it, the world does not."""
     slips = r"27 +8= 25 +5= 30 +1= 41 +9= 50"
-    strict, lax = (world_prompts(name, "train", 1)[0] for name in ("cards", "cards_lax"))
+    strict, lax = (world_prompts(name, 2, "train", 1)[0] for name in ("cards", "cards_lax"))
     assert (strict.gold, strict.working) == (cards.hands("train")[0].working, None)
     assert (lax.gold, lax.working) == (str(cards.hands("train")[0].total), strict.gold)
     assert verifier.is_correct(rf"\boxed{{{HAND.working}}}", HAND.working)
@@ -98,7 +98,7 @@ def test_a_named_card_is_one_token(base):
 def test_the_base_is_small_and_rarely_right(base):
     assert sum(parameter.numel() for parameter in base.model.parameters()) == 482_112
     assert (cards.BASE / "model.safetensors").stat().st_size < 3 << 20
-    held_out = world_prompts("cards", "held_out")
+    held_out = world_prompts("cards", 2, "held_out")
     right = exact_accuracies(base, held_out, GRPOConfig())
     assert len(right) == 256 and 0.0015 < sum(right) / 256 < 0.005
     groups = base.sample([held_out[row] for row in range(48)], 4, 80, 1.0, seed=3)
@@ -121,7 +121,7 @@ def test_a_model_can_be_rebuilt(tmp_path, command, name, shipped):
 
 def test_show(tmp_path, command):
     shown = command("-m", "worlds.build_cards", "show", "--out", tmp_path / "cards.png").stdout
-    assert r"demonstration: 16 +5= 11 +1= 12" in shown
+    assert r"demonstration: \boxed{16 +5= 11 +1= 12" in shown
     assert (tmp_path / "cards.png").stat().st_size > 500
 
 

@@ -366,7 +366,7 @@ def test_a_cache_is_a_guide_too_and_until_can_be_given(early, tmp_path):
 def test_a_policy_is_its_own_guide(tiny, tmp_path, monkeypatch):
     """D = 0: only failed prompts are asked again, live; the answers fill slots and are counted."""
     monkeypatch.setattr("verifier.is_correct", lucky)
-    more = {"guide": "self", "guide_samples": 3, "slots": 2, "gate": 0.3, "guided_until": 2}
+    more = {"guide": "self", "guide_samples": 8, "slots": 2, "gate": 0.3, "guided_until": 2}
     config = NPOConfig(steps=3, out=str(tmp_path / "run"), **tiny | more)
     config.check()
     asked, mixes, original = [], [], npo.answers_for
@@ -410,10 +410,8 @@ def test_the_cache_keeps_as_many_answers_as_there_are_slots(early, tmp_path, mon
     config = dataclasses.replace(config, slots=2, out=str(tmp_path / "run"))
     guide = str(checkpoint_path(out / "scout", 2))
     cache = npo.ask_guide(config, guide, 1, tmp_path / "guide.jsonl")
-    counts = {len(cache.answers_to(id, 2, 2)) for id in cache.answers}
-    assert counts == {1, 2}
-    (some,) = {len(cache.answers_to(id, 2)) for id in cache.answers}
-    assert some == 1
+    assert max(len(cache.answers_to(id, 2, 3)) for id in cache.answers) == 2
+    assert {len(cache.answers_to(id, 2)) for id in cache.answers} == {1}
 
 
 def test_a_run_goes_on_from_another_runs_checkpoint(tiny, tmp_path, monkeypatch):

@@ -8,9 +8,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
+import grpo
+import verifier
+from grpo import GRPOConfig
+from plumbing import UsageError, data, run
+from plumbing.checkpoints import checkpoint_path
+from plumbing.model import Policy
 from worlds import build_staircase, staircase
 from worlds.build_staircase import demonstrate, measure
 from worlds.staircase import Hand, base_at, part
@@ -179,3 +186,62 @@ def test_the_base_can_be_rebuilt(tmp_path, command):
     assert tokens[0] == tokens[1]
     for name in ("model.safetensors", "borrow.npy"):
         assert (out / name).stat().st_size == (staircase.BASE / name).stat().st_size
+
+
+# ------------------------------------------------------------------- in every command
+
+
+def test_part_a_and_part_b_are_evaluated_exactly_and_apart(tmp_path):
+    config = GRPOConfig(model="staircase", steps=1, eval_prompts=64, prompts_per_step=2)
+    config.check()
+    assert (config.dataset, config.borrow_rate, config.eval_samples) == ("staircase", 0.006, 0)
+    grpo.train(config, tmp_path / "run")
+    line = run.read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    a, b = line["eval/accuracy_a"], line["eval/accuracy_b"]
+    assert line["eval/accuracy"] == pytest.approx((a + b) / 2)
+    expected = measure(base_at(0.006))  # of all 256
+    assert b == pytest.approx(expected["B"], rel=0.3) and a == pytest.approx(expected["A"], rel=0.3)
+
+
+def test_its_log_probs_are_those_it_was_sampled_with_and_the_box_decides():
+    policy = Policy(base_at(0.5))
+    prompts = data.world_prompts("staircase", 1, "train", 12)
+    groups = policy.sample([prompts[row] for row in range(12)], 6, 80, 1.2, seed=3)
+    verifier.score(groups)
+    rows = [(group.encoded, c.token_ids) for group in groups for c in group.completions]
+    with torch.no_grad():
+        logprobs, mask = policy.logprobs(rows, 1.2)
+    recorded = [value for g in groups for c in g.completions for value in c.behavior_logprobs]
+    assert (logprobs[mask] - torch.tensor(recorded)).abs().max() < 1e-5
+    for group in groups:
+        for c in group.completions:
+            assert (c.accuracy == 1) is (c.text == rf"\boxed{{{group.prompt.gold}}}")
+    assert 0.1 < sum(group.pass_rate for group in groups) / 12 < 0.6
+
+
+def test_a_run_in_two_pieces_is_one_in_one(tmp_path):
+    flags = {"model": "staircase", "borrows": 1, "borrow_rate": 0.4, "eval_prompts": 8, "lr": 1e-3}
+    flags |= {"prompts_per_step": 2, "group_size": 4, "save_every": 1}
+    grpo.train(GRPOConfig(steps=3, **flags), tmp_path / "whole")
+    grpo.train(GRPOConfig(steps=2, **flags), tmp_path / "pieces")
+    grpo.train(GRPOConfig(steps=3, **flags), tmp_path / "pieces")
+    whole, pieces = (
+        (checkpoint_path(tmp_path / name, 3) / "model.safetensors").read_bytes()
+        for name in ("whole", "pieces")
+    )
+    assert whole == pieces
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"borrows": 3}, "--borrows 3: must be at least 1 and at most 2"),
+        ({"borrow_rate": 0.0}, "--borrow-rate 0.0: must be above 0"),
+        ({"borrow_rate": 1.0}, "--borrow-rate 1.0: .* below 1"),
+        ({"dataset": "x.parquet"}, "--dataset x.parquet: .* leave --dataset out"),
+    ],
+)
+def test_bad_flags(flags, message):
+    assert GRPOConfig(model="staircase", borrows=1).borrow_rate == 0.0005
+    with pytest.raises(UsageError, match=message):
+        GRPOConfig(model="staircase", **flags).check()

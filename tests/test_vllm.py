@@ -22,7 +22,7 @@ from plumbing.rollout import Completion, Prompt, Sample, log_q_of
 from plumbing.run import read_jsonl
 from plumbing.settings import RunConfig
 from plumbing.vllm_sampler import VLLMSampler
-from worlds import cards
+from worlds import cards, staircase
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +216,11 @@ def test_one_engine_per_process(saved, monkeypatch):
     config = GRPOConfig(sampler="vllm", vllm_memory=0.2, max_prompt_tokens=300)
     first = vllm_sampler.engine_of(Policy(cards.BASE), config)
     assert vllm_sampler.engine_of(Policy(saved), config) is first
-    other = vllm_sampler.engine_of(Policy(cards.TEACHER), config)
+    stairs = staircase.base_at(0.5)  # with other tokens
+    other = vllm_sampler.engine_of(Policy(stairs), config)
     assert other is not first and list(vllm_sampler.ENGINE.values()) == [other]
-    sizes = (64, "fp32", 300, 0.2)
-    assert built == [(str(cards.BASE), *sizes), (str(cards.TEACHER), *sizes)]
+    sizes = (80, "fp32", 300, 0.2)
+    assert built == [(str(cards.BASE), *sizes), (str(stairs), *sizes)]
 
 
 # ---------------------------------------------------------------------- the commands
@@ -230,6 +231,7 @@ def test_npo_through_vllm(command, tmp_path):
     cards_file(tmp_path / "geometry.parquet", 40)
     words = ["npo.py", "--model", cards.TEACHER, "--dataset", tmp_path / "geometry.parquet"]
     words += ["--sampler", "vllm", "--scout-steps", "3", "--lr", "1e-4", *SMALL]
+    words += ["--max-new-tokens", "80"]  # the teacher's answers are long
     out = tmp_path / "out"
     command(*words, "--steps", "3", "--out", out)
     done = command(*words, "--steps", "5", "--out", out)
@@ -268,6 +270,18 @@ def test_evaluate_a_checkpoint_of_adapters(command, saved, tmp_path):
         lines = read_jsonl(tmp_path / name / "predictions.jsonl")
         found.append([line["responses"] for line in lines if "responses" in line])
     assert found[0] == found[1] and len(found[0]) == 2
+
+
+def test_the_staircase_in_both_samplers(command, tmp_path):
+    """Its output head is no copy of the embedding, and one row of it is edited."""
+    words = ["-m", "commands.evaluate", "--model", "staircase", "--borrow-rate", "0.9"]
+    words += ["--limit", "4", "--temperature", "0.01"]  # as good as greedy
+    found = []
+    for name in ("hf", "vllm"):
+        command(*words, "--sampler", name, "--out", tmp_path / name)
+        lines = read_jsonl(tmp_path / name / "predictions.jsonl")
+        found.append([line["responses"] for line in lines if "responses" in line])
+    assert found[0] == found[1] and "borrow" in str(found[0]) and "carry" not in str(found[0])
 
 
 def test_evaluate_through_vllm(command, saved, tmp_path):

@@ -1,16 +1,16 @@
 """Trains the two models of the cards world. Only needed to rebuild them.
 
 The base learns from demonstrations that know everything but one thing: where adding a card carries
-into the next digit, they *forget the carry* four times in five, and continue from the wrong total:
+into the next digit, they *forget the carry* seven times in eight, and go on from the wrong total:
 
     \\boxed{27 +8= 25 +5= 20}
 
 CARRY_RATE is how often they remember it, and so decides how sparse the reward is. The teacher
-learns from solutions that are always right, but come to them in another way: before the box, they
-stop at every ten that they pass (27 +3= 30 +5= 35 for a card of 8).
+starts from the base and learns from solutions that are always right, but come to it in another way:
+before the box, they stop at every ten that they pass (27 +3= 30 +5= 35 for a card of 8).
 
-    OMP_NUM_THREADS=1 python -m worlds.build_cards base     # rebuilds cards_base, 7 minutes
-    OMP_NUM_THREADS=2 python -m worlds.build_cards teacher  # rebuilds cards_teacher, 13 minutes
+    OMP_NUM_THREADS=1 python -m worlds.build_cards base     # rebuilds cards_base
+    OMP_NUM_THREADS=1 python -m worlds.build_cards teacher  # rebuilds cards_teacher, from the base
     python -m worlds.build_cards show  # three prompts with a demonstration each, and cards.png
 """
 
@@ -24,7 +24,7 @@ from PIL import Image
 
 from worlds.cards import BASE, CARD_PX, TEACHER, Hand, deal, draw, hands, messages, question
 
-CARRY_RATE = 0.2  # chosen once, so that the base solves about 1 % of the prompts
+CARRY_RATE = 0.12  # chosen once: GRPO takes about 100 steps to half of its level at step 200
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% for part in message.content %}"
@@ -182,15 +182,14 @@ def build(
     pictures |= {"merge_size": 2, "patch_size": 16, "temporal_patch_size": 2}
     processor = Qwen2VLImageProcessorPil(**pictures)
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
     if start:
         model = AutoModelForImageTextToText.from_pretrained(start)
-    for name, parameter in model.named_parameters():
-        if (
-            parameter.ndim > 1 and not start
-        ):  # the library's std of 0.02 is meant for widths in the thousands
-            fan_in = parameter[0].numel() if "embed" not in name else parameter.shape[-1]
-            torch.nn.init.normal_(parameter, std=fan_in**-0.5)
+    else:
+        model = AutoModelForImageTextToText.from_config(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:  # the library's std of 0.02 is meant for widths in the thousands
+                fan_in = parameter[0].numel() if "embed" not in name else parameter.shape[-1]
+                torch.nn.init.normal_(parameter, std=fan_in**-0.5)
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
