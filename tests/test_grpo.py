@@ -240,7 +240,7 @@ def test_weights_of_vllms_slots_are_truncated_and_logged(groups):
 def test_several_updates_per_batch_move_the_ratio(fresh, groups):
     taken, _ = gradients_of(fresh, groups, updates_per_batch=2)
     assert len(taken) == 2 and torch.equal(*taken)  # the spy's optimizer does not move
-    optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=1.0)
     stats = update(fresh, optimizer, groups, GRPOConfig(updates_per_batch=3))
     assert abs(stats["ratio"] - 1) > 1e-3  # on-policy it is 1 up to 1e-5
     assert not any(parameter.grad is not None for parameter in fresh.parameters())
@@ -339,11 +339,11 @@ def test_the_command_line_is_the_configuration(config_class):
 def test_defaults_depend_on_the_world():
     chosen = ("dataset", "lr", "max_new_tokens", "eval_samples", "micro_batch_size", "keep")
     for config, expected in (
-        (GRPOConfig(), ("cards", 1e-4, 64, 4, 32, "all")),
+        (GRPOConfig(), ("cards", 1e-4, 80, 0, 32, "all")),
         (GRPOConfig(model="some/hub-id"), ("hiyouga/geometry3k", 1e-6, 4096, 1, 4, "none")),
         (GRPOConfig(model="some/hub-id", lora=8), ("hiyouga/geometry3k", 1e-5, 4096, 1, 4, "none")),
-        (GRPOConfig(lr=3e-4, keep="40"), ("cards", 3e-4, 64, 4, 32, "40")),
-        (GRPOConfig(lr=3e-4, lora=8), ("cards", 3e-4, 64, 4, 32, "all")),  # as it was given
+        (GRPOConfig(lr=3e-4, keep="40"), ("cards", 3e-4, 80, 0, 32, "40")),
+        (GRPOConfig(lr=3e-4, lora=8), ("cards", 3e-4, 80, 0, 32, "all")),  # as it was given
     ):
         assert tuple(getattr(config, name) for name in chosen) == pytest.approx(expected)
     assert (AutoNPOConfig().min_gain, AutoNPOConfig(model="some/hub-id").min_gain) == (0.04, 0.01)
