@@ -13,6 +13,7 @@ import matplotlib
 import numpy
 from matplotlib.figure import Figure
 
+from experiments import sections
 from experiments.method_figure import method_figure
 from experiments.results import (
     PAPER_SPEED,
@@ -26,6 +27,7 @@ from experiments.results import (
     verdict,
 )
 from experiments.runs import HERE, ROOT, SCOUT, STEPS, WINDOW
+from experiments.sections import table
 from plumbing.report import first_reach
 
 DOCS = ROOT / "docs"
@@ -74,15 +76,7 @@ CLAIMS = (  # (claim of the paper, the row that it says is better, the worse one
     ("RLEP ends above GRPO", "rlep", "grpo"),
     ("RLEP ends above ExGRPO", "rlep", "exgrpo"),
 )
-# By the `base` of the result lines
-LAX = "the *lax* cards world (gold is the total, so lucky answers are paid)"
-WORLDS = {"e3310138ddab": f"at the state of commit 3a69156, in {LAX}"}
-
-
-def table(header: str, rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([f"| {header} |", "|" + "---|" * len(header.split(" | ")), *lines])
+LAX = "e3310138ddab"  # the base of the lax world, in the result lines
 
 
 # --------------------------------------------------------------------------------------------------
@@ -331,17 +325,22 @@ def at_steps(compared: dict[str, list[Result]]) -> dict[str, list[Result]]:
 
 def results_page() -> str:
     """All of docs/results.md."""
-    first, first_long, compared = every_result()
+    first, compared = every_result()
     runs, long = at_steps(compared), compared["grpo"]
-    lines = [run.line for mine in (*first.values(), first_long, *compared.values()) for run in mine]
-    worlds = {WORLDS.get(base, f"from base {base}") for base in {line["base"] for line in lines}}
+    lines = [run.line for mine in compared.values() for run in mine]
+    assert {line["base"] for line in lines} == {LAX}, "say in the template where it was measured"
     return TEMPLATE.read_text().format(
-        worlds="; ".join(sorted(worlds)),
-        commits=", ".join(sorted({line["commit"] for line in lines})),
         scout=SCOUT,
+        window=WINDOW,
         steps=STEPS,
-        early=early(first, first_long),
-        early_commands=commands(first | {"long": first_long}),
+        difficulty=sections.difficulties(),
+        lucky=sections.lucky_shares(),
+        early=early(first),
+        early_seeds=", ".join(str(run.line["seed"]) for run in first["grpo"]),
+        early_commit=", ".join(sorted({run.line["commit"] for run in first["grpo"]})),
+        early_commands=commands(first),
+        law=sections.twins(),
+        staircase=sections.staircases(),
         seeds=", ".join(str(run.line["seed"]) for run in long),
         comparison=comparison(runs, long),
         equal_tokens=at_equal_tokens(runs, long),
@@ -353,16 +352,15 @@ def results_page() -> str:
     )
 
 
-def every_result() -> tuple[dict[str, list[Result]], list[Result], dict[str, list[Result]]]:
-    """Of the group "early", of its GRPO that goes on, and of the group "compare"."""
-    first, long = results("claims.jsonl", ("grpo", "early")), results("claims.jsonl", ("long",))
-    return first, long["long"], results("compare.jsonl", LABELS)
+def every_result() -> tuple[dict[str, list[Result]], dict[str, list[Result]]]:
+    """Of the groups "early" and "compare"."""
+    return results("early.jsonl", EARLY_LABELS), results("compare.jsonl", LABELS)
 
 
 def main() -> None:
-    first, first_long, compared = every_result()
+    first, compared = every_result()
     (DOCS / "results.md").write_text(results_page())
-    draw_early(first, first_long)
+    draw_early(first)
     draw_comparison(at_steps(compared), compared["grpo"])
     (DOCS / "figures" / "method.svg").write_text(method_figure())
 
