@@ -1,8 +1,11 @@
 """Sections of docs/results.md on the worlds and on the law, from their committed results."""
 
+import contextlib
+import io
 import json
 import statistics
 
+import signal_theory
 from experiments import difficulty, lucky, staircase, twin
 from experiments.results import interval, paired
 from plumbing.run import read_jsonl
@@ -31,9 +34,7 @@ def difficulties() -> str:
         text = [f"{row['count']}", f"{row['pass@1']:.5f}", f"{row['pass@8']:.4f}"]
         cells.setdefault((row["world"], row["prompts"]), {})[row["split"]] = text
     rows = [[*key, *of["training"], *of.get("held-out", [""] * 3)] for key, of in cells.items()]
-    header = (
-        "world | prompts | training prompts | pass@1 | pass@8 | held-out prompts | pass@1 | pass@8"
-    )
+    header = "world | prompts | training | pass@1 | pass@8 | held out | pass@1 | pass@8"
     return table(header, rows)
 
 
@@ -62,12 +63,20 @@ def staircases() -> str:
     half = staircase.PLATEAU + staircase.WINDOW // 2
     header = f"row | q of the guide | B at step {half} | B at step {half + staircase.WINDOW // 2}"
     gain = interval(paired(ends["near"], ends["self"]), 4)
-    return f"""Seeds {"; ".join(map(str, seeds))}, in this order in every cell. B at step {staircase.PLATEAU}, where all rows
-start: {start}.
+    return f"""Seeds {"; ".join(map(str, seeds))}, in this order in every cell. All rows start at
+step {staircase.PLATEAU}, with B at {start}.
 
 {table(header, rows)}
 
 Near minus D = 0 at the end: {gain}."""
+
+
+def law() -> str:
+    """What signal_theory.py prints of it."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        signal_theory.print_law()
+    return f"```\n{printed.getvalue().strip()}\n```"
 
 
 def by_length(found: dict, cell) -> list[list[str]]:
@@ -89,7 +98,8 @@ def twins() -> str:
     share = by_length(found["choose_guide"], lambda row: f"{row['share of the pull']:.0%}")
     back = by_length(found["choose_rollback"], lambda row: f"{row['chosen']:.0%}")
     then = by_length(found["choose_rollback"], lambda r: field(r, "B, rolled back", "B, gone on"))
-    return f"""Median steps from the middle of the plateau until B > .5 ({found["runs"]} runs, 95 % intervals):
+    return f"""Median steps from the middle of the plateau until B > .5 (95 % intervals over
+{found["runs"]} runs):
 
 {table("method " + header, steps)}
 
