@@ -128,15 +128,15 @@ def answers_for(
     config = run.config
     if config.guide != "self":
         return [cache.answers_to(group.prompt.id, step, config.slots) for group in groups]
-    guided = step <= (config.guided_until or config.steps)
-    opened = [guided and group.pass_rate <= config.gate for group in groups]
-    rows = [row for row, again in zip(run.rows(step), opened) if again]
+    if step > (config.guided_until or config.steps):
+        return [[] for _ in groups]
+    rows = [row for row, g in zip(run.rows(step), groups) if g.pass_rate <= config.gate]
     asked = list(run.ask(run.train_prompts, rows, config.guide_samples, "ask again", step))
     run.sampled_tokens += sampled_tokens(asked)
-    for answer in (answer for group in asked for answer in group.completions):
+    found = {group.prompt.id: group.verified[: config.slots] for group in asked}
+    for answer in (answer for answers in found.values() for answer in answers):
         answer.source = f"guide@{step}"
-    found = iter(asked)
-    return [next(found).verified[: config.slots] if again else [] for again in opened]
+    return [found.get(group.prompt.id, []) for group in groups]
 
 
 def train(config: NPOConfig, out: Path, cache: GuideCache, start: str | Path | None) -> None:

@@ -128,6 +128,11 @@ def inset() -> list[str]:
     ]
 
 
+def total(answer: str) -> str:
+    """The last total of a boxed working."""
+    return answer.rsplit(" ", 1)[-1]
+
+
 def group(slot: dict) -> list[str]:
     """Eight slots; the guide's answer has pushed the last one out, which stays visible."""
     left, step, width, top, height, count = 138, 80, 72, 300, 42, len(slot["rewards"])
@@ -142,7 +147,7 @@ def group(slot: dict) -> list[str]:
         text(612, 227, f"gate: pass-rate ≤ {GATE} (here {rate:g})", "ink small"),
         text(middle - 12, 288, "the guide's answer takes the last slot", "npo small end"),
         node(245, 200, "npo") + path("M245 208 V256", "npo dashed"),
-        text(20, 280, f"{question} Gold {slot['gold']}."),
+        text(20, 280, f"{question} Right: …{total(slot['gold'])}."),
     ]
     ratio = f'ratio: {pi("θ")}<tspan dx="4" dy="-4">over</tspan>'
     for y, words in ((326, "answer"), (370, "advantage A"), (394, ratio)):
@@ -151,7 +156,7 @@ def group(slot: dict) -> list[str]:
     for i, (answer, advantage) in enumerate(zip(answers, advantages(slot))):
         x, guided = left + step * i, i == count - 1
         kind = "npo" if guided else "ink"
-        words = f"{answer} {mark(answer == slot['gold'])}"
+        words = f"…{total(answer)} {mark(answer == slot['gold'])}"
         parts += [
             box(x, top, width, height, "npo" if guided else "soft"),
             text(x + 36, top + 27, words, "ink middle"),
@@ -161,7 +166,7 @@ def group(slot: dict) -> list[str]:
     return parts + [
         path(f"M{last + width + 4} {top + 21} H{out - 6}", "soft", arrow=True),
         box(out, top, width, height, "soft dashed"),
-        text(out + 36, top + 27, f"{slot['boxed'][-1]} {mark(False)}", "soft middle"),
+        text(out + 36, top + 27, f"…{total(slot['boxed'][-1])} {mark(False)}", "soft middle"),
         path(f"M{out + 6} {top + height - 6} L{out + width - 6} {top + 6}", "bad"),
         text(out + 36, 370, "discarded", "soft small middle"),
     ]
