@@ -12,12 +12,10 @@ from plumbing.run import read_jsonl
 
 STAIRCASE_LABELS = {
     "grpo": "GRPO",
-    "grpo-16": "GRPO, G = 16",
     "self": "D = 0: asked again, no guide",
     "near": "NPO, near guide",
     "far": "NPO, far guide",
     "near-no-is": "NPO, near guide, without IS",
-    "far-no-is": "NPO, far guide, without IS",
 }
 
 

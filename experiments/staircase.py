@@ -23,12 +23,10 @@ SIBLING = "grpo.py --model staircase --borrow-rate 0.05 --steps 160 --eval-every
 GUIDED = f"--guided-until {PLATEAU + WINDOW} --guide"
 ROWS = {  # how each row goes on
     "grpo": "grpo.py",
-    "grpo-16": "grpo.py --group-size 16",
     "self": f"npo.py {GUIDED} self",
     "near": f"npo.py {GUIDED} {{near}}",
     "far": f"npo.py {GUIDED} {{far}}",
     "near-no-is": f"npo.py --no-is-correction {GUIDED} {{near}}",
-    "far-no-is": f"npo.py --no-is-correction {GUIDED} {{far}}",
 }
 RESULTS = HERE / "staircase.jsonl"
 
