@@ -7,12 +7,14 @@ the same seed. "Equal tokens" is GRPO's last evaluation before it had sampled as
 row did in all, guide included.
 """
 
+import contextlib
 import statistics
 
 import matplotlib
 import numpy
 from matplotlib.figure import Figure
 
+import signal_theory
 from experiments import sections
 from experiments.method_figure import method_figure
 from experiments.results import (
@@ -28,6 +30,7 @@ from experiments.results import (
 )
 from experiments.runs import HERE, ROOT, SCOUT, STEPS, WINDOW
 from experiments.sections import table
+from plumbing.figures import draw_law
 from plumbing.report import first_reach
 
 DOCS = ROOT / "docs"
@@ -364,6 +367,8 @@ def main() -> None:
     draw_early(first)
     draw_comparison(at_steps(compared), compared["grpo"])
     (DOCS / "figures" / "method.svg").write_text(method_figure())
+    with contextlib.redirect_stdout(None):
+        draw_law(signal_theory.print_law(), DOCS / "figures" / "law.png")
 
 
 if __name__ == "__main__":
