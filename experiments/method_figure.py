@@ -75,6 +75,11 @@ def advantages(slot: dict) -> list[str]:
     return [f"{(reward - mean) / (std + 1e-6):+.3f}".replace("-", "−") for reward in rewards]
 
 
+def total(boxed: str) -> str:
+    """The end of a boxed working: all of it would be too wide for a slot."""
+    return boxed.split(" ")[-1]
+
+
 def journey() -> list[str]:
     """The time axis: scout, guide cache, back, replay."""
     return [
@@ -151,7 +156,7 @@ def group(slot: dict) -> list[str]:
     for i, (answer, advantage) in enumerate(zip(answers, advantages(slot))):
         x, guided = left + step * i, i == count - 1
         kind = "npo" if guided else "ink"
-        words = f"{answer} {mark(answer == slot['gold'])}"
+        words = f"{total(answer)} {mark(answer == slot['gold'])}"
         parts += [
             box(x, top, width, height, "npo" if guided else "soft"),
             text(x + 36, top + 27, words, "ink middle"),
@@ -161,7 +166,7 @@ def group(slot: dict) -> list[str]:
     return parts + [
         path(f"M{last + width + 4} {top + 21} H{out - 6}", "soft", arrow=True),
         box(out, top, width, height, "soft dashed"),
-        text(out + 36, top + 27, f"{slot['boxed'][-1]} {mark(False)}", "soft middle"),
+        text(out + 36, top + 27, f"{total(slot['boxed'][-1])} {mark(False)}", "soft middle"),
         path(f"M{out + 6} {top + height - 6} L{out + width - 6} {top + 6}", "bad"),
         text(out + 36, 370, "discarded", "soft small middle"),
     ]
