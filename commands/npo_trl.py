@@ -13,7 +13,7 @@ GRPOTrainer, bit for bit.
 
     accelerate launch -m commands.npo_trl --guide runs/grpo/checkpoints/step_000040 \\
         --output_dir runs/npo_trl --use_cpu True --bf16 False --learning_rate 1e-4 \\
-        --per_device_train_batch_size 64 --max_completion_length 64 --max_steps 60   # the cards
+        --per_device_train_batch_size 64 --max_completion_length 80 --max_steps 60   # the cards
     accelerate launch --config_file experiments/accelerate/eight_gpus.yaml -m commands.npo_trl \\
         --model Qwen/Qwen3-VL-8B-Instruct --dataset hiyouga/geometry3k --guide GUIDE \\
         --output_dir runs/8b --bf16

@@ -75,6 +75,11 @@ def advantages(slot: dict) -> list[str]:
     return [f"{(reward - mean) / (std + 1e-6):+.3f}".replace("-", "−") for reward in rewards]
 
 
+def total(boxed: str) -> str:
+    """The end of a boxed working: all of it would be too wide for a slot."""
+    return boxed.split(" ")[-1]
+
+
 def journey() -> list[str]:
     """The time axis: scout, guide cache, back, replay."""
     return [
@@ -126,11 +131,6 @@ def inset() -> list[str]:
         text(right - 92, 90, "Q: solves more", "good small end"),
         text(right - 4, bottom - 9, "S", "npo bold end"),
     ]
-
-
-def total(answer: str) -> str:
-    """The last total of a boxed working."""
-    return answer.rsplit(" ", 1)[-1]
 
 
 def group(slot: dict) -> list[str]:

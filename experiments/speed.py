@@ -118,7 +118,8 @@ def guided() -> str:
     policies = [Policy(cards.BASE, "cpu") for _ in range(2)]
     # at so low a rate both go on sampling the same batch
     optimizers = [torch.optim.AdamW(policy.parameters(), 1e-6) for policy in policies]
-    guides = {g.prompt.id: g.completions[0] for g in policies[0].sample(prompts, 1, 64, 1.0, 99)}
+    answered = policies[0].sample(prompts, 1, config.max_new_tokens, 1.0, 99)
+    guides = {group.prompt.id: group.completions[0] for group in answered}
     for guide in guides.values():
         guide.source, guide.accuracy, guide.reward = "guide@40", 1.0, 1.0
     plain, with_guides = [], []

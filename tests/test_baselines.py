@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from conftest import group_of, lucky
 
 import grpo
+import verifier
 from commands import exgrpo, luffy, rlep
 from commands.exgrpo import ExGRPOConfig, Pool, bucket_weight, lowest_entropy
 from commands.luffy import (
@@ -29,10 +31,12 @@ from plumbing.model import Policy
 from plumbing.rollout import Group
 from plumbing.run import read_jsonl, rows_of_step
 from worlds import cards
-from worlds.build_cards import make_ten
 
 # ---------------------------------------------------------------------- losses
 
+ROUNDED = (
+    2e-8  # norms are fp32 even in fp64, and the sequences' terms, up to 0.1, nearly cancel out
+)
 LENGTHS, OFF = [3, 1, 5, 2], [False, True, True, False]
 
 
@@ -204,7 +208,7 @@ def test_the_shaped_methods_on_a_fixed_batch(exact, groups, kind, shaping):
             with torch.no_grad():
                 entropy = exact.logprobs(rows, 1.6, entropy=True)[2].mean().item()
             expected -= ((completion.reward - mean) * sum(weights) / 40 + 0.02 * entropy) / 12
-    assert stats["loss"] == pytest.approx(expected, rel=1e-6)
+    assert stats["loss"] == pytest.approx(expected, rel=1e-6, abs=ROUNDED)
     assert stats["frac_reward_zero_std"] == pytest.approx(1 / 3)
     same_in_parts(exact, groups, config, shaped_update, stats, flat)
 
@@ -226,7 +230,7 @@ def test_rlep_on_a_fixed_batch(exact, groups, recorded):
             ones = [1.0] * len(completion.token_ids)
             for w in ones if replayed else ratios(exact, group, completion):
                 expected -= min(w * a, min(max(w, 0.85), 1.3) * a) / tokens
-    assert stats["loss"] == pytest.approx(expected, rel=1e-6)
+    assert stats["loss"] == pytest.approx(expected, rel=1e-6, abs=ROUNDED)
     if not recorded:
         guide = [stats[f"npo/guide_ratio_{name}"] for name in ("min", "mean", "max")]
         assert guide == [1.0, 1.0, 1.0]
@@ -329,7 +333,7 @@ def test_the_lowest_entropy_answer(exact, groups):
 @pytest.fixture(scope="module")
 def short(tiny) -> dict:
     """Four prompts per step; answers as long as the teacher's."""
-    return tiny | {"prompts_per_step": 4, "max_new_tokens": 48, "eval_every": 100}
+    return tiny | {"prompts_per_step": 4, "max_new_tokens": 80, "eval_every": 100}
 
 
 @pytest.fixture(scope="module")
@@ -372,13 +376,22 @@ def test_luffy_has_the_teachers_answer_in_every_group(ran, prompts):
     assert {line.get("source") for line in shown} <= {"teacher", None}
 
 
-def test_the_teacher_writes_otherwise_and_is_mostly_right(prompts):
-    teacher, hands = Policy(cards.TEACHER), cards.hands("train")[:48]
-    groups = teacher.sample([prompts[row] for row in range(48)], 1, 64, 1.0, seed=0)
-    texts = [group.completions[0].text for group in groups]
-    assert sum(text == make_ten(hand) for text, hand in zip(texts, hands)) > 30
-    assert sum(parameter.numel() for parameter in teacher.model.parameters()) > 900_000
-    assert sum(path.stat().st_size for path in cards.TEACHER.iterdir()) < 3e6
+def test_the_teacher_writes_otherwise_and_is_mostly_right(exact, prompts):
+    """Its boxes hold the right working. Before them no card passes a ten without stopping there."""
+    teacher, asked = Policy(cards.TEACHER), [prompts[row] for row in range(48)]
+    groups = teacher.sample(asked, 1, 80, 1.0, seed=0)
+    verifier.score(groups)
+    assert sum(group.pass_rate for group in groups) > 40
+    for group, hand in zip(groups, cards.hands("train")):
+        way, box, _ = group.completions[0].text.partition(r" \boxed{")
+        totals = [hand.start, *map(int, re.findall(r"= (\d+)", way))]
+        assert box and way.startswith(f"{hand.start} +")
+        assert all((after - 1) // 10 <= before // 10 for before, after in zip(totals, totals[1:]))
+    rows = [(group.encoded, group.completions[0].token_ids) for group in groups]
+    with torch.no_grad():
+        assert exact.logprobs(rows, 1.0)[0].sum(dim=1).max() < -50  # the base never would
+    assert sum(parameter.numel() for parameter in teacher.model.parameters()) == 482_112
+    assert sum(path.stat().st_size for path in cards.TEACHER.iterdir()) < 2e6
 
 
 def test_exgrpo_replays_its_pool_from_the_step_after_it_opens(ran):
@@ -418,7 +431,7 @@ def test_rlep_replays_from_the_end_of_a_long_run(ran, prompts):
 
 def test_rlep_counts_no_more_and_no_less_than_the_fresh_answers(short, tmp_path, monkeypatch):
     monkeypatch.setattr("verifier.is_correct", lucky)
-    more, seen = {"guide": str(cards.TEACHER), "guide_samples": 4}, []
+    more, seen = {"guide": str(cards.TEACHER), "guide_samples": 6}, []
     config = RLEPConfig(steps=1, out=str(tmp_path / "run"), **more, **short)
 
     def update(run, mixed, config):

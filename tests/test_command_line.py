@@ -150,7 +150,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path):
 
 def test_what_is_kept_of_the_checkpoints(by_chance, tiny, tmp_path, monkeypatch):
     """Of the scout what a late intervention needs, of the replay --keep's and the newest."""
-    monkeypatch.setattr(Run, "evaluate", lambda *_: 0.0)
+    monkeypatch.setattr(Run, "evaluate", lambda *_: {"eval/accuracy": 0.0})
     out, late = tmp_path / "run", {"intervention": "early+late", "keep": "5"}
     late |= {"plateau_start": 3, "plateau_end": 4, "steps": 6, "scout_steps": 2}
     npo.intervene(NPOConfig(out=str(out), **late, **tiny), out)

@@ -14,7 +14,7 @@ from plumbing import UsageError, data
 from plumbing.data import PromptSet
 from plumbing.rollout import Prompt
 from plumbing.settings import RunConfig
-from worlds import cards
+from worlds import cards, staircase
 
 RED, BLUE = Image.new("RGB", (40, 36), "red"), Image.new("RGBA", (64, 70), "blue")
 TEXT, NUMBER, PICTURE = Value("string"), Value("float64"), datasets.Image()
@@ -101,9 +101,34 @@ def test_cards_are_prompts():
     assert (len(train), len(held_out)) == (2048, 10)
     assert train.fingerprint != held_out.fingerprint
     hand, prompt = cards.hands("train")[5], train[5]
-    assert isinstance(prompt, Prompt) and prompt.gold == str(hand.total)
-    assert prompt.images[0].size == (32 * len(hand.digits), 32)
+    assert isinstance(prompt, Prompt) and prompt.id == f"{train.fingerprint}:5"
+    assert hand == cards.Hand(18, (7, 4, 9, 3, 1, 7, 6)) and train.parts == ()
+    working = "18 +7= 25 +4= 29 +9= 38 +3= 41 +1= 42 +7= 49 +6= 55"
+    assert (prompt.gold, prompt.working) == (working, None)
+    assert prompt.images[0].size == (32 * 7, 32)
     assert RunConfig().dataset == "cards" and RunConfig(model="x").dataset == "hiyouga/geometry3k"
+
+
+def test_the_lax_cards_are_the_same_prompts_with_the_total_as_gold():
+    (lax, _), (strict, _) = load("cards_lax", eval_prompts=10), load("cards", eval_prompts=10)
+    assert (lax[5].gold, lax[5].working) == ("55", strict[5].gold)
+    assert lax[5].messages == strict[5].messages
+    assert lax[5].images[0].tobytes() == strict[5].images[0].tobytes()
+    assert lax.fingerprint != strict.fingerprint  # their guide caches may not be mixed up
+    assert RunConfig(model="cards_lax").dataset == "cards_lax"
+
+
+def test_the_staircase_is_prompts_of_two_parts():
+    train, held_out = load("staircase", eval_prompts=7, model="staircase")
+    assert (len(train), len(held_out)) == (2048, 7)
+    assert held_out.parts == ("a", "b", "a", "b", "a", "b", "a") and len(train.parts) == 2048
+    hand, prompt = staircase.hands("train", 2)[5], train[5]
+    assert (hand.borrows, train.parts[5]) == (2, "b")
+    assert (prompt.gold, prompt.working) == (hand.working, None)
+    assert prompt.gold.count("borrow ") == 2
+    assert prompt.messages == staircase.messages(hand) and prompt.images[0].size == (128, 32)
+    one, _ = load("staircase", model="staircase", borrows=1)
+    assert one[5].gold.count("borrow ") == 1 and one.fingerprint != train.fingerprint
 
 
 # ---------------------------------------------------------------------- published data sets

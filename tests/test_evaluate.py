@@ -16,7 +16,7 @@ from commands.benchmarks import BENCHMARKS, Item
 from commands.evaluate import EvaluateConfig
 from plumbing import UsageError
 from plumbing.run import read_jsonl
-from worlds import cards
+from worlds import cards, staircase
 
 STEPS = [("2steps_1", "B"), ("2steps_2", "A"), ("2steps_multi", "C")]
 ROWS = {  # enough rows for each benchmark's protocol, with some that cannot be asked
@@ -215,27 +215,58 @@ def test_a_ninth_benchmark_is_one_row_and_another_data_set_is_refused(tmp_path, 
         evaluated("How many more?")
 
 
-def test_the_cards_world_by_cards_and_carries(tmp_path, monkeypatch):
-    monkeypatch.setattr(verifier, "is_correct", lambda text, gold, choices: int(gold) % 2 == 0)
-    evaluate.main(EvaluateConfig(limit=40, out=str(tmp_path), max_new_tokens=3))
-    hands = cards.hands("held_out")[:40]
-    table = (tmp_path / "table.md").read_text().splitlines()
-    expected = {"all": hands}
+def last_is_even(text: str, gold: str, choices: list[str] | None) -> bool:
+    return int(gold.split()[-1]) % 2 == 0
+
+
+def evaluated_world(world: str, labels_of, hands, out) -> None:
+    """Each label has a row: its hands, and the share of them that `last_is_even` calls right."""
+    evaluate.main(EvaluateConfig(model=world, limit=40, out=str(out), max_new_tokens=3))
+    table, expected = (out / "table.md").read_text().splitlines(), {"all": hands}
     for hand in hands:
-        for label in (f"{len(hand.digits)} cards", f"{hand.carries} carries"):
+        for label in labels_of(hand):
             expected.setdefault(label, []).append(hand)
-    assert len(table) == 2 + len(expected)
+    assert table[0] == f"| {world} | hands | avg@1, % |" and len(table) == 2 + len(expected)
     for label, some in expected.items():
         right = 100 * statistics.fmean(hand.total % 2 == 0 for hand in some)
         start = f"| {label} | {len(some)} | {right:.2f}"
         assert sum(line.startswith(start) for line in table) == 1, start
 
 
+@pytest.mark.parametrize("world", ["cards", "cards_lax"])
+def test_the_cards_world_by_cards_and_carries(tmp_path, monkeypatch, world):
+    monkeypatch.setattr(verifier, "is_correct", last_is_even)
+    hands = cards.hands("held_out")[:40]
+    evaluated_world(
+        world,
+        lambda hand: (f"{len(hand.digits)} cards", f"{hand.carries} carries"),
+        hands,
+        tmp_path,
+    )
+
+
+def test_the_staircase_by_borrows_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(verifier, "is_correct", last_is_even)
+    hands = staircase.hands("held_out", 2)[:40]
+    evaluated_world(
+        "staircase",
+        lambda hand: ("4 cards", f"{hand.carries} carries", f"{hand.borrows} borrows"),
+        hands,
+        tmp_path,
+    )
+    table = evaluate.world_table("staircase", 1, [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    assert "| 1 borrows | 1 | 0.00 | 0.00 |" in table  # the second of the prompts with one borrow
+    assert "| 0 borrows | 2 | 75.00 ± 49.00 | 100.00 |" in table
+
+
+KNOWN = "known: cards, cards_lax, staircase, mmmu_pro, mathvista, .*, mathverse$"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"benchmarks": "mmstar,mmmu"}, "no benchmark is called 'mmmu'; known: cards, mmmu_pro"),
-        ({"benchmarks": ","}, "--benchmarks ,: names none; known: cards, mmmu_pro"),
+        ({"benchmarks": "mmstar,mmmu"}, f"no benchmark is called 'mmmu'; {KNOWN}"),
+        ({"benchmarks": ","}, f"--benchmarks ,: names none; {KNOWN}"),
         ({"samples": 0}, "--samples 0: must be at least 1"),
         ({"limit": 0}, "--limit 0: must be at least 1"),
         ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
@@ -250,10 +281,15 @@ def test_bad_flags(flags, message):
 
 def test_defaults_depend_on_what_is_asked():
     of_cards, of_all = EvaluateConfig(), EvaluateConfig(model="runs/8b/checkpoints/step_000100")
-    assert (of_cards.names, of_cards.max_new_tokens, of_cards.batch_size) == (["cards"], 64, 64)
+    assert (of_cards.names, of_cards.max_new_tokens, of_cards.batch_size) == (["cards"], 80, 64)
     assert (of_all.names, of_all.max_new_tokens, of_all.batch_size) == ([*BENCHMARKS], 4096, 16)
     assert of_all.out == "runs/evaluate/step_000100" and of_all.sampler == "hf"
-    assert EvaluateConfig(model="runs/cards", benchmarks="cards").max_new_tokens == 64
+    assert EvaluateConfig(model="runs/cards", benchmarks="cards").max_new_tokens == 80
+    worlds = EvaluateConfig(model="runs/x", benchmarks="cards_lax,staircase,cards_lax")
+    assert (worlds.names, worlds.max_new_tokens) == (["cards_lax", "staircase"], 80)
+    assert EvaluateConfig(benchmarks="staircase,mmstar").max_new_tokens == 4096
+    assert EvaluateConfig(model="staircase", borrows=1).borrow_rate == 0.0005
+    assert EvaluateConfig(model="staircase").names == ["staircase"]
 
 
 def test_a_mistake_is_told_in_one_line(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+import zlib
 
 import numpy
 import pytest
@@ -95,6 +96,9 @@ def test_measured_lines_against_the_same_answers(tmp_path, monkeypatch, base, te
     for name, value in {"RUNS": str(tmp_path), "DISTANCES": (10,), "PROMPTS": 8}.items():
         monkeypatch.setattr(signal_curve, name, value)
     monkeypatch.setattr(signal_curve, "RESAMPLED", 3)
+    judged = verifier.is_correct  # the base is almost never right: some of its answers count, too
+    chance = lambda text, *rest: judged(text, *rest) or zlib.crc32(text.encode()) % 16 == 0  # noqa
+    monkeypatch.setattr(verifier, "is_correct", chance)
     again, line = signal_curve.measure(9, 0)
     assert (again["distance"], line["distance"], line["t"], line["seed"]) == (0, 10, 0, 9)
     assert (again["whole"], again["right"] or 1.0, again["kl"]) == pytest.approx((1, 1, 1))
@@ -102,8 +106,8 @@ def test_measured_lines_against_the_same_answers(tmp_path, monkeypatch, base, te
 
     config = NPOConfig(seed=9)
     asked = [prompts[row] for row in rows_of_step(len(prompts), 1, config)]
-    own = base.sample(asked, 8, 64, 1.0, derived_seed(9, "signal policy", 0, 0))
-    theirs = teacher.sample(asked, 8, 64, 1.0, derived_seed(9, "signal guide", 0, 10, 0))
+    own = base.sample(asked, 8, 80, 1.0, derived_seed(9, "signal policy", 0, 0))
+    theirs = teacher.sample(asked, 8, 80, 1.0, derived_seed(9, "signal guide", 0, 10, 0))
     verifier.score(own + theirs)
     failed = [i for i in range(8) if own[i].pass_rate == 0]
     right = {i: [c for c in theirs[i].completions if c.accuracy and c.finished] for i in failed}
@@ -223,8 +227,9 @@ def test_tables_of_the_committed_lines(capsys):
 @pytest.mark.parametrize(
     ("text", "marks"),
     [
-        (r"27 +8= 35 +5= 40 \boxed{40}", "00 0 10 0 10 0 00 0"),
-        (r"42 +3= 45 +9= 44 \boxed{44}", "00 0 00 0 10 0 00 0"),  # of a wrong total, too
+        (r"\boxed{27 +8= 35 +5= 40}", "0 00 0 10 0 10 0"),
+        (r"\boxed{42 +3= 45 +9= 44}", "0 00 0 00 0 10 0"),  # of a wrong total, too
+        (r"27 +3= 30 +5= 35 \boxed{27 +8= 35}", "00 0 10 0 00 0 0 00 0 10 0"),  # the teacher's
         (r"98 +7= 105 +1= 106", "00 0 110 0 000"),
     ],
 )
@@ -234,11 +239,11 @@ def test_decisive_tokens_by_hand(base, text, marks):
 
 
 def test_ratios_of_decisive_tokens(base, prompts):
-    ids = base.tokenizer(r"27 +8= 35 \boxed{35}").input_ids
+    ids = base.tokenizer(r"\boxed{27 +8= 35}").input_ids
     with torch.no_grad():
         logprobs, _ = base.logprobs([(base.encode(prompts[0]), ids)], 1.0)
     recorded = [lp - math.log(1.5) for lp in logprobs[0].tolist()]  # so ratios are 1.5,
-    recorded[3] += math.log(3)  # and 0.5 for the 3 of 35
+    recorded[4] += math.log(3)  # and 0.5 for the 3 of 35
     answer = Completion(prompts[0].id, ids, recorded, "", True)
     found = decisive_tokens.measure(base, {prompts[0].id: prompts[0]}, [answer] * 3)
     shares = {"below 0.8": 1, "above 1.28": 0}

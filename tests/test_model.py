@@ -165,9 +165,9 @@ def test_the_gradient_flows_through_the_shared_prompt():
         plain = exact.sampling_logprobs(logits, 1.0).gather(1, torch.tensor(tokens)[:, None])
         (plain[:, 0] * weights[: len(tokens)]).sum().backward()
     assert any("visual" in name for name in got)
-    for name, parameter in named.items():
-        if parameter.grad is not None:
-            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-5, atol=1e-7)
+    for name, gradient in ((name, p.grad) for name, p in named.items() if p.grad is not None):
+        # the norms are fp32 even here, and round at 1e-7
+        assert (got[name] - gradient).norm() <= 5e-7 * gradient.norm() and gradient.any(), name
 
 
 def test_entropy_of_every_token_by_enumeration():

@@ -140,7 +140,7 @@ def test_loss_and_gradient_of_a_mixed_batch_are_npos(
 
 def test_rewards_and_advantages_are_the_mixed_groups(fresh, prompts, tmp_path):
     some = asked(prompts, True)
-    guides = guides_for(fresh, some)
+    guides = guides_for(another(fresh), some)
     texts = {guide.text for (guide,) in guides.answers.values()}
     guides.answers = {some[1].id: guides.answers[some[1].id]}
 
@@ -194,7 +194,8 @@ def test_an_edited_replace_slot_sees_the_whole_group(fresh, prompts, tmp_path, m
 
     def first_slot(group: Group, guide, gate: float) -> Group:
         seen[group.prompt.id] = group
-        return Group(group.prompt, group.encoded, [guide or lent, *group.completions[1:]])
+        (first,) = guide or [lent]
+        return Group(group.prompt, group.encoded, [first, *group.completions[1:]])
 
     monkeypatch.setattr(npo, "replace_slot", first_slot)
     guides = guides_for(fresh, some[1:])
@@ -292,7 +293,7 @@ def main(monkeypatch, *arguments: str) -> None:
 
 
 def test_the_command_builds_the_cache_trains_and_goes_on(command, monkeypatch, capsys, tmp_path):
-    flags = words(tmp_path, guide_prompts=8)
+    flags = words(tmp_path, guide_prompts=8, max_completion_length=80)  # the teacher's are longer
     done = command("-m", "commands.npo_trl", *flags, "--guide", cards.TEACHER)
     cache = tmp_path / "guide.jsonl"
     assert "guide@0 solved" in done.stdout and len(cache.read_text().splitlines()) == 1 + 8
@@ -386,7 +387,8 @@ def test_two_processes_are_one(command, tmp_path):
 
 @pytest.mark.slow
 def test_launched_on_two_processes_one_builds_the_cache(command, tmp_path):
-    flags = words(tmp_path, guide_prompts=4, guide=cards.TEACHER, per_device_train_batch_size=2)
+    more = {"per_device_train_batch_size": 2, "max_completion_length": 80}
+    flags = words(tmp_path, guide_prompts=4, guide=cards.TEACHER, **more)
     done = command(*LAUNCH.split(), "-m", "commands.npo_trl", *flags, env=TWO_ON_CPU)
     assert done.stdout.count("guide@0 solved") == 1 and "'npo/guide_frac': '1'" in done.stdout
     assert len((tmp_path / "guide.jsonl").read_text().splitlines()) == 1 + 4
