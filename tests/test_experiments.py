@@ -127,7 +127,9 @@ def test_help_lists_the_groups(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         start(monkeypatch, "--help")
     shown = capsys.readouterr().out
-    assert "early: grpo, early, long" in shown and "compare: grpo, grpo-16, luffy" in shown
+    assert (
+        "early: grpo, early, self, grpo-16\n" in shown and "compare: grpo, grpo-16, luffy" in shown
+    )
 
 
 @pytest.mark.parametrize("group", runs.GROUPS)
@@ -218,3 +220,4 @@ def test_the_method_figure():
     assert [text for text in texts if re.fullmatch(r"[+−]\d\.\d{3}", text)] == expected
     assert sum(answer == slot["gold"] for answer in slot["boxed"]) <= method_figure.GATE * 8
     assert "prefers-color-scheme: dark" in drawn and len(drawn.encode()) < 10_000
+    assert (method_figure.end("27 +8= 35 +5= 40"), method_figure.end("40")) == ("… 40", "40")
