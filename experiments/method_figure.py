@@ -75,9 +75,10 @@ def advantages(slot: dict) -> list[str]:
     return [f"{(reward - mean) / (std + 1e-6):+.3f}".replace("-", "−") for reward in rewards]
 
 
-def total(boxed: str) -> str:
-    """The end of a boxed working: all of it would be too wide for a slot."""
-    return boxed.split(" ")[-1]
+def end(boxed: str) -> str:
+    """The last total of a boxed working, as in "… 40": all of it would be too wide for a slot."""
+    *before, last = boxed.split(" ")
+    return f"… {last}" if before else last
 
 
 def journey() -> list[str]:
@@ -147,7 +148,7 @@ def group(slot: dict) -> list[str]:
         text(612, 227, f"gate: pass-rate ≤ {GATE} (here {rate:g})", "ink small"),
         text(middle - 12, 288, "the guide's answer takes the last slot", "npo small end"),
         node(245, 200, "npo") + path("M245 208 V256", "npo dashed"),
-        text(20, 280, f"{question} Right: …{total(slot['gold'])}."),
+        text(20, 280, f"{question} Gold {end(slot['gold'])}."),
     ]
     ratio = f'ratio: {pi("θ")}<tspan dx="4" dy="-4">over</tspan>'
     for y, words in ((326, "answer"), (370, "advantage A"), (394, ratio)):
@@ -156,7 +157,7 @@ def group(slot: dict) -> list[str]:
     for i, (answer, advantage) in enumerate(zip(answers, advantages(slot))):
         x, guided = left + step * i, i == count - 1
         kind = "npo" if guided else "ink"
-        words = f"…{total(answer)} {mark(answer == slot['gold'])}"
+        words = f"{end(answer)} {mark(answer == slot['gold'])}"
         parts += [
             box(x, top, width, height, "npo" if guided else "soft"),
             text(x + 36, top + 27, words, "ink middle"),
@@ -166,7 +167,7 @@ def group(slot: dict) -> list[str]:
     return parts + [
         path(f"M{last + width + 4} {top + 21} H{out - 6}", "soft", arrow=True),
         box(out, top, width, height, "soft dashed"),
-        text(out + 36, top + 27, f"…{total(slot['boxed'][-1])} {mark(False)}", "soft middle"),
+        text(out + 36, top + 27, f"{end(slot['boxed'][-1])} {mark(False)}", "soft middle"),
         path(f"M{out + 6} {top + height - 6} L{out + width - 6} {top + 6}", "bad"),
         text(out + 36, 370, "discarded", "soft small middle"),
     ]

@@ -6,7 +6,7 @@ settings        flags that every command shares, their defaults and checks
 metrics         numbers out of groups; the step's log line
 lora            adapters that are trained in place of the weights
 model           the network: sampling and log-probabilities
-data            prompts from the cards world or any data set
+data            prompts from an embedded world or any data set
 checkpoints     the only place that writes or removes one
 vllm_sampler    the only place that knows vLLM
 memory          what a configuration takes, before and at the start of a run

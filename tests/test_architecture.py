@@ -5,6 +5,7 @@ import graphlib
 import importlib
 import inspect
 import re
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -88,6 +89,12 @@ def test_packages_say_what_is_in_them():
     there = [name.removeprefix("plumbing.") for name in FILES if name.startswith("plumbing.")]
     differ = sorted({*listed} ^ {*there} - {"__init__"})
     assert not differ, f"{differ}: list every file of plumbing/ in its docstring, and no other"
+
+
+def test_an_installed_copy_has_the_models_of_the_worlds():
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    there = {f"{path.parent.name}/*" for path in (ROOT / "worlds").glob("*/config.json")}
+    assert {*found["package-data"]["worlds"]} == there and len(there) == 4
 
 
 def test_files_are_short_and_mark_where_to_experiment():

@@ -103,5 +103,5 @@ def test_code_is_at_most_100_columns_wide(path):
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_is_longer_than_380_lines(path):
-    assert len(path.read_text().splitlines()) <= 380
+def test_no_file_is_longer_than_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400

@@ -215,7 +215,8 @@ def test_the_method_figure():
     assert expected == ["−0.354"] * 7 + ["+2.475"]
     assert [text for text in texts if re.fullmatch(r"[+−]\d\.\d{3}", text)] == expected
     assert sum(answer == slot["gold"] for answer in slot["boxed"]) <= method_figure.GATE * 8
-    assert slot["guide_boxed"] == slot["gold"] and method_figure.total("27 +8= 35 +5= 40") == "40"
+    assert slot["guide_boxed"] == slot["gold"]
+    assert (method_figure.end("27 +8= 35 +5= 40"), method_figure.end("40")) == ("… 40", "40")
     assert "prefers-color-scheme: dark" in drawn and len(drawn.encode()) < 10_000
 
 

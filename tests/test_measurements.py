@@ -96,9 +96,12 @@ def test_measured_lines_against_the_same_answers(tmp_path, monkeypatch, base, te
     for name, value in {"RUNS": str(tmp_path), "DISTANCES": (10,), "PROMPTS": 8}.items():
         monkeypatch.setattr(signal_curve, name, value)
     monkeypatch.setattr(signal_curve, "RESAMPLED", 3)
-    judged = verifier.is_correct  # the base is almost never right: some of its answers count, too
-    chance = lambda text, *rest: judged(text, *rest) or zlib.crc32(text.encode()) % 16 == 0  # noqa
-    monkeypatch.setattr(verifier, "is_correct", chance)
+    judged = verifier.is_correct
+
+    def or_by_chance(text: str, *asked) -> bool:  # of the base's own answers almost none is right
+        return judged(text, *asked) or zlib.crc32(text.encode()) % 16 == 0
+
+    monkeypatch.setattr(verifier, "is_correct", or_by_chance)
     again, line = signal_curve.measure(9, 0)
     assert (again["distance"], line["distance"], line["t"], line["seed"]) == (0, 10, 0, 9)
     assert (again["whole"], again["right"] or 1.0, again["kl"]) == pytest.approx((1, 1, 1))
