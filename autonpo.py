@@ -257,6 +257,7 @@ def decide(run: Run, pool: MistakePool, reason: str, config: AutoNPOConfig) -> D
         distance = run.step - step_of(path)
         of_slice = [rates[row] for row in pool.since(step_of(path)) if row in rates]
         regular = step_of(path) % config.save_every == 0  # not the last step before --steps grew
+        regular = regular or step_of(path) == run.start_step
         if regular and 0 < distance <= config.max_distance and len(of_slice) >= MIN_SLICE:
             quality[distance] = q = statistics.fmean(of_slice)
             variance[distance] = v = math.exp(token_kl(list(groups.values()), path, config))

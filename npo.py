@@ -140,7 +140,10 @@ def answers_for(
 
 
 def train(config: NPOConfig, out: Path, cache: GuideCache, start: str | Path | None) -> None:
-    with Run(config, out, start, cache.spent_tokens) as run:
+    spent = cache.spent_tokens
+    if config.start and config.guide:  # a scout's own tokens include those up to its start
+        spent += checkpoint_state(config.start)["sampled_tokens"]
+    with Run(config, out, start, spent) as run:
         for step in run.steps():
             groups = run.sample(step)  # P groups of G completions
             verifier.score(groups)
@@ -182,19 +185,22 @@ def go_ahead(config: NPOConfig, out: Path) -> str:
 
 def ask_guide(config: NPOConfig, guide: str, first_step: int, path: Path) -> GuideCache:
     """The guide's answers to the prompts of the steps that it guides."""
+    given = config.guided_until, config.is_correction
     if guide.endswith(".jsonl"):
-        path = Path(guide)
+        path, cache = Path(guide), load_guide_cache(guide, config, *given)
+        until = cache.until
     else:
         # a guide that is no checkpoint of a run has step 0, and guides to the end
         until = config.guided_until or checkpoint_state(guide)["step"] or config.steps
-        if until < first_step:
-            raise UsageError(
-                f"--guide {guide}: has no step to guide, from step {first_step} until step "
-                f"{until}; take a later checkpoint, or a larger --guided-until"
-            )
+    if until < first_step:
+        raise UsageError(
+            f"--guide {guide}: has no step to guide, from step {first_step} until step "
+            f"{until}; take a later checkpoint, or a larger --guided-until"
+        )
+    if not guide.endswith(".jsonl"):
         rows = rows_of_steps(config, first_step, until)
         build_guide_cache(path, config, guide, rows, until, config.slots)
-    cache = load_guide_cache(path, config, config.guided_until, config.is_correction)
+        cache = load_guide_cache(path, config, *given)
     tqdm.write(f"{path}: {cache}")
     return cache
 

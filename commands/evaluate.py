@@ -118,7 +118,7 @@ def open_predictions(config: EvaluateConfig, items: dict[str, list[Item]]) -> di
         path.parent.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"--out {config.out}: is a file, not a directory") from error
-    kept = ("model", "samples", "temperature", "max_new_tokens", "seed")
+    kept = ("model", "borrow_rate", "samples", "temperature", "max_new_tokens", "seed")
     header = {name: getattr(config, name) for name in kept}
     stored, *lines = read_jsonl(path) or [header]
     differ = [name for name in header | stored if header.get(name) != stored.get(name)]

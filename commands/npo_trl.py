@@ -247,7 +247,7 @@ def prompt_of(row: dict) -> Prompt:
 
 @dataclass
 class Arguments:
-    model: str = flag("cards", '"cards" (the tiny base), a hub id, or a save_pretrained folder')
+    model: str = flag("cards", "cards, cards_lax, staircase, a hub id, or a save_pretrained folder")
     dataset: str | None = flag(None, '"cards", a hub id, a data file or a folder, as in npo.py')
     columns: str = flag("", "as in prompt=problem,images=images,answer=answer,choices=options")
     guide: str | None = flag(None, "checkpoint folder of the same model, or a guide.jsonl [none]")

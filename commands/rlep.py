@@ -72,9 +72,10 @@ def train(config: RLEPConfig, out: Path) -> None:
     open_directory(config, out)
     guide = config.guide
     if not guide:
-        scout = dataclasses.replace(config, steps=config.scout_steps, out=str(out / "scout"))
+        steps = config.start_step + config.scout_steps
+        scout = dataclasses.replace(config, steps=steps, out=str(out / "scout"))
         grpo.train(scout, out / "scout")
-        guide = checkpoint_path(out / "scout", config.scout_steps)
+        guide = checkpoint_path(out / "scout", steps)
     cache = ask_about_all(config, guide, out / "guide.jsonl", keep=config.guide_samples)
     pool = {id: found for id, found in cache.answers.items() if len(found) >= config.min_correct}
     for answer in (answer for found in pool.values() for answer in found):

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from plumbing import UsageError
-from plumbing.lora import base_model_of
+from plumbing.lora import adapter_rank, base_model_of
 from plumbing.rollout import EncodedPrompt, Prompt
 
 MAX_IMAGES = 16  # in one prompt: vLLM reserves room for as many
@@ -67,15 +67,15 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:12]
 
 
-def check_start(start: str | Path, model: str | Path) -> None:
-    """UsageError if a checkpoint is not one of `model`: it has other tokens or another size."""
-    sizes, tokens = [], []
-    for path in (start, model):
+def check_start(start: str | Path, model: str | Path, lora: int = 0) -> None:
+    """UsageError if a checkpoint is not one of `model`: other tokens, another size or rank."""
+    found = []
+    for path, rank in ((start, adapter_rank(start)), (model, adapter_rank(model) or lora)):
         text = AutoConfig.from_pretrained(base_model_of(path)).text_config
-        sizes.append((text.hidden_size, text.num_hidden_layers))
-        tokens.append(tokenizer_fingerprint(load_tokenizer(path)))
-    if sizes[0] != sizes[1] or tokens[0] != tokens[1]:
-        raise UsageError(f"--start {start}: is no checkpoint of --model {model}")
+        tokens = tokenizer_fingerprint(load_tokenizer(path))
+        found.append((text.hidden_size, text.num_hidden_layers, tokens, rank))
+    if found[0] != found[1]:
+        raise UsageError(f"--start {start}: is no checkpoint of --model {model} --lora {lora}")
 
 
 def encode(prompt: Prompt, tokenizer, image_processor, image_token_id: int) -> EncodedPrompt:

@@ -72,8 +72,11 @@ def beside_scout(out: Path, scout: Path, name: str) -> dict:
         f"{before['steps']} steps, {before['sampled_tokens']:,} sampled tokens."
     )
     for key in ("step", "sampled_tokens"):
-        alone = first_reach(evaluations(scout), goal, key)
-        guided = first_reach(evaluations(out), goal, key)
+        evals = evaluations(scout)
+        before_both = evals[0][key]  # above 0 with --start
+        alone, guided = first_reach(evals, goal, key), first_reach(evaluations(out), goal, key)
+        alone -= before_both
+        guided = None if guided is None else guided - before_both
         speed_up = alone / guided if guided else None
         found[f"to_goal/{key}"] = {"scout": alone, "guided": guided, "speed_up": speed_up}
     steps, tokens = found["to_goal/step"], found["to_goal/sampled_tokens"]

@@ -124,7 +124,8 @@ def exact_accuracies(policy: Policy, prompts: PromptSet, config) -> list[float]:
     """Each prompt's probability of its one right text, `\\boxed{gold}`, by teacher forcing.
 
     It is what the mean accuracy of ever more sampled answers tends to, without their noise and for
-    one forward pass. Only for worlds where nothing else is right.
+    one forward pass, if the policy writes nothing else that is right, as in the worlds. A teacher's
+    way to the box is another text.
     """
     found = []
     for some in batched(range(len(prompts)), config.prompts_per_step * config.group_size):
@@ -144,8 +145,8 @@ class Run:
 
     Args:
         start: the checkpoint that it starts from, optimizer included; None for --start or --model.
-        spent_tokens: sampled before by scout and guide, so that `sampled_tokens` counts them. Those
-            up to the start are counted where that is more: a scout's own include them.
+        spent_tokens: sampled before by scout and guide, so that `sampled_tokens` counts them; at
+            least those up to the start.
         keep_back: checkpoints at most so many steps old stay, whatever --keep says.
     """
 
@@ -153,7 +154,7 @@ class Run:
         self.config, self.out, self.keep_back = config, Path(out), keep_back
         open_directory(config, self.out)
         if config.start:
-            check_start(config.start, config.model_path)
+            check_start(config.start, config.model_path, config.lora)
         start = start or config.start
         if start:
             spent_tokens = max(spent_tokens, checkpoint_state(start)["sampled_tokens"])

@@ -102,7 +102,7 @@ class RunConfig(ModelConfig):
     seed: int = 0  # decides prompts, sampling and evaluation
     eval_every: int = 5  # steps between evaluations
     eval_prompts: int = 256  # held-out prompts: the last rows of the data set, never trained on
-    eval_samples: int | None = None  # answers to each; 0: exact [worlds 0, a teacher 4, else 1]
+    eval_samples: int | None = None  # answers; 0: exact [worlds 0, of a teacher or file 4, else 1]
     save_every: int = 20  # steps between checkpoints (the NPO authors: 10 or 20)
     keep: str | None = None  # old checkpoints: all, none, steps as 40,100 [worlds all, else none]
     # Memory
@@ -149,10 +149,11 @@ class RunConfig(ModelConfig):
             within(self, name, least=1)
         for name in ("micro_batch_size", "max_prompt_tokens"):
             within(self, name, least=1)
-        if self.model == "staircase" != self.dataset:
+        other = self.model in WORLDS and self.dataset != self.model
+        if other and (self.in_world or self.model == "staircase"):
             raise UsageError(
-                f"--dataset {self.dataset}: the base of the staircase knows its own prompts alone; "
-                "leave --dataset out"
+                f"--dataset {self.dataset}: the base of {self.model} answers its own world's "
+                "prompts; leave --dataset out"
             )
         of = "" if self.has_one_right_text else "0 needs a world with one right text a prompt"
         within(self, "eval_samples", least=0 if self.has_one_right_text else 1, of=of)

@@ -443,7 +443,13 @@ def test_a_guided_run_may_start_in_another_run_than_its_guides(early, tiny, tmp_
     npo.intervene(config, tmp_path / "run")
     header, *lines = read_jsonl(tmp_path / "run/guide.jsonl")
     assert [line["prompt_id"] for line in lines] == ids_of_steps(config, (2,))
-    assert [line["step"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+    logged = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in logged] == [1, 2, 3]
+    spent = checkpoint_state(start)["sampled_tokens"] + header["guide_sampled_tokens"]
+    assert logged[0]["sampled_tokens"] == spent + sum(line["sampled_tokens"] for line in lines)
+    late = dataclasses.replace(config, guide=str(tmp_path / "run/guide.jsonl"), guided_until=None)
+    with pytest.raises(UsageError, match="guide.jsonl: has no step to guide, from step 3 until"):
+        npo.ask_guide(late, late.guide, 3, tmp_path / "unused.jsonl")
     alone = dataclasses.replace(config, guide=None, out=str(tmp_path / "scouted"))
     assert npo.go_ahead(alone, tmp_path / "scout") == str(checkpoint_path(tmp_path / "scout", 3))
     assert [line["step"] for line in read_jsonl(tmp_path / "scout/metrics.jsonl")] == [1, 2, 3]
@@ -465,6 +471,8 @@ def test_a_start_of_another_model_is_refused(tiny, tmp_path):
     with pytest.raises(UsageError, match="is no checkpoint of"):
         check_start(lax, cards.LAX)
     check_start(cards.LAX, cards.LAX)
+    with pytest.raises(UsageError, match="is no checkpoint of .* --lora 8"):
+        check_start(cards.LAX, cards.LAX, lora=8)
 
 
 @pytest.mark.parametrize(
@@ -474,6 +482,7 @@ def test_a_start_of_another_model_is_refused(tiny, tmp_path):
         ({"start": str(cards.BASE)}, "--start .*cards_base: is no checkpoint of a run"),
         ({"slots": 8}, r"--slots 8: must be at least 1 and below 8 \(--group-size\)"),
         ({"slots": 0}, "--slots 0"),
+        ({"dataset": "cards_lax"}, "--dataset cards_lax: .* its own world's prompts"),
         ({"model": "cards_lax", "eval_samples": 0}, "--eval-samples 0: .* one right text"),
         ({"gate": 1.5}, "--gate 1.5"),
         ({"gate": -0.1}, "--gate -0.1"),
