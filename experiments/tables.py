@@ -89,25 +89,23 @@ LAX = "e3310138ddab"  # the base of the lax world, in the result lines
 
 def early(runs: dict[str, list[Result]]) -> str:
     """The section on early bootstrapping. GRPO goes on until step LONG."""
-    header = (
-        "method | steps to the scout's final accuracy | GRPO's steps over its | the scout's steps"
-    )
-    header += " counted, too | tokens, all counted | GRPO's tokens over its | accuracy at step "
-    header += f"{WINDOW} | GRPO's at equal tokens"
+    header = "method | steps to the scout's final accuracy | GRPO's steps over its | with the "
+    header += "scout's steps counted | tokens, all counted | GRPO's tokens over its | accuracy at "
+    header += f"step {WINDOW} | GRPO's at equal tokens"
     scouts, rows = [run.until(SCOUT) for run in runs["grpo"]], []
+    goals = [scout.accuracy for scout in scouts]
+    alone = {key: to_goals(scouts, goals, key)[0] for key in ("step", "sampled_tokens")}
     for row, mine in runs.items():
         ends = [run.until(WINDOW) for run in mine]
-        before = SCOUT if row == "early" else 0
-        (steps, missed), (tokens, _) = (
-            to_goals(mine, [scout.accuracy for scout in scouts], key)
-            for key in ("step", "sampled_tokens")
-        )
+        (steps, missed), (tokens, _) = (to_goals(mine, goals, key) for key in alone)
         cells = [EARLY_LABELS[row], interval(steps, 1) + (f" ({missed} never)" if missed else "")]
-        cells.append(interval([SCOUT / n for n in steps]) if row != "grpo" else "")
-        cells.append(interval([SCOUT / (n + before) for n in steps]) if before else "")
-        cells.append(f"{statistics.fmean(tokens) / 1000:.0f}k")
-        cost = [scout.tokens / n for scout, n in zip(scouts, tokens)]
-        cells.append(interval(cost) if row != "grpo" else "")
+        ratios = [""] * 3
+        if row != "grpo":
+            ratios[0] = interval([a / b for a, b in zip(alone["step"], steps)])
+            ratios[2] = interval([a / b for a, b in zip(alone["sampled_tokens"], tokens)])
+        if row == "early":
+            ratios[1] = interval([a / (b + SCOUT) for a, b in zip(alone["step"], steps)])
+        cells += [*ratios[:2], f"{statistics.fmean(tokens) / 1000:.0f}k", ratios[2]]
         cells.append(interval([run.accuracy for run in ends], 3))
         equal = [one["eval/accuracy"] for one in equal_tokens(runs["grpo"], ends)]
         rows.append([*cells, interval(equal, 3) if row != "grpo" else ""])
