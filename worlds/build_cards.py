@@ -183,7 +183,7 @@ def build(
     processor = Qwen2VLImageProcessorPil(**pictures)
     torch.manual_seed(seed)
     if start:
-        model = AutoModelForImageTextToText.from_pretrained(start)
+        model = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
     else:
         model = AutoModelForImageTextToText.from_config(config)
         for name, parameter in model.named_parameters():
@@ -234,7 +234,9 @@ def build_base(
     build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "float32")
 
 
-def build_teacher(out: Path = TEACHER, seed: int = 1, steps: int = 400, batch: int = 64) -> None:
+def build_teacher(
+    out: Path = TEACHER, seed: int = 1, steps: int = 400, batch: int = 64, start: Path = BASE
+) -> None:
     """Trains the teacher, from the base on, on solutions that stop at every ten.
 
     Args:
@@ -242,10 +244,11 @@ def build_teacher(out: Path = TEACHER, seed: int = 1, steps: int = 400, batch: i
         seed: Of the initial weights and the hands.
         steps: Training steps.
         batch: Solutions per step.
+        start: The model that it starts from.
     """
     tokenizer = build_tokenizer(question(Hand(0, ())), STEPS)
     batches = lessons(lambda hand, rng: make_ten(hand), batch, seed)
-    build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "bfloat16", start=BASE)
+    build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "bfloat16", start)
 
 
 def show(out: Path = Path("cards.png")) -> None:
