@@ -55,7 +55,7 @@ CONFIGS = {
 @pytest.mark.parametrize("module, words", [(m, w) for m, w in commands() if m in CONFIGS])
 def test_every_flag_that_is_shown_exists(module, words):
     config = getattr(importlib.import_module(module), CONFIGS[module])
-    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    flags = [word.split("=")[0].replace("--no-", "--") for word in words if word[:2] == "--"]
     known = {"--" + name.replace("_", "-") for name in flag_comments(config)}
     assert set(flags) <= known, (module, set(flags) - known)
 
