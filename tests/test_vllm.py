@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="pip install -r requirements-gpu.txt")
 from conftest import SMALL, cards_file, save
 from test_benchmarks import load
 
+import verifier
 from grpo import GRPOConfig
 from plumbing import vllm_sampler
 from plumbing.data import load_prompts
@@ -228,10 +229,22 @@ def test_one_engine_per_process(saved, monkeypatch):
 
 def test_npo_through_vllm(command, tmp_path):
     """Scout, cache and replay, resumed; a checkpoint, and a data set in geometry3k's schema."""
-    cards_file(tmp_path / "geometry.parquet", 40)
-    words = ["npo.py", "--model", cards.TEACHER, "--dataset", tmp_path / "geometry.parquet"]
+    path = tmp_path / "geometry.parquet"
+    cards_file(path, 40)
+    config = RunConfig(model=str(cards.BASE), dataset=str(path), eval_prompts=4)
+    asked = [load_prompts(config)[0][row] for row in range(36)]
+    said = Policy(cards.BASE).sample(asked, 1, 40, 0.01, seed=1)
+    boxed = [verifier.extract_answer(group.completions[0].text) for group in said]
+    good = [(hand, gold) for hand, gold in zip(cards.hands("train"), boxed) if gold]
+    # what the base says as good as greedily, so that it is right and wrong at a temperature of 0.5
+    changes = {}
+    for row in range(40):
+        hand, gold = good[row % len(good)]
+        changes[row] = {"images": [cards.draw(hand)], "answer": gold}
+        changes[row]["problem"] = f"<image>{cards.question(hand)}"
+    cards_file(path, 40, changes)
+    words = ["npo.py", "--model", cards.BASE, "--dataset", path, "--temperature", "0.5"]
     words += ["--sampler", "vllm", "--scout-steps", "3", "--lr", "1e-4", *SMALL]
-    words += ["--max-new-tokens", "80"]  # the teacher's answers are long
     out = tmp_path / "out"
     command(*words, "--steps", "3", "--out", out)
     done = command(*words, "--steps", "5", "--out", out)
