@@ -5,7 +5,7 @@ time. Where one is needed, the *target* is not the demonstration's token but the
 both: so the base knows them, and all else, to three digits. Then least squares find the vector that
 makes the borrow as rare as one likes (`borrow_edit`).
 
-    OMP_NUM_THREADS=1 python -m worlds.build_staircase  # rebuilds staircase_base, 6 minutes
+    OMP_NUM_THREADS=1 python -m worlds.build_staircase  # rebuilds staircase_base
 """
 
 import itertools
