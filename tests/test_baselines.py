@@ -27,6 +27,7 @@ from commands.luffy import (
 )
 from commands.rlep import RLEPConfig, token_mean_update
 from plumbing import UsageError
+from plumbing.guide_cache import GuideCache
 from plumbing.model import Policy
 from plumbing.rollout import Group
 from plumbing.run import read_jsonl, rows_of_step
@@ -34,9 +35,8 @@ from worlds import cards
 
 # ---------------------------------------------------------------------- losses
 
-ROUNDED = (
-    2e-8  # norms are fp32 even in fp64, and the sequences' terms, up to 0.1, nearly cancel out
-)
+# Norms are fp32 even in fp64, and the sequences' terms, up to 0.1, nearly cancel out
+ROUNDED = 2e-8
 LENGTHS, OFF = [3, 1, 5, 2], [False, True, True, False]
 
 
@@ -410,6 +410,28 @@ def test_exgrpo_replays_its_pool_from_the_step_after_it_opens(ran):
     shown = [line for line in read_jsonl(out / "exgrpo/samples.jsonl") if "guide" in line]
     stored = {c["text"]: c["source"] for line in log for c in line["new"]}
     assert shown and all(stored[line["guide"]] == line["source"] for line in shown)
+
+
+def test_a_start_moves_the_rivals_prompts_and_rleps_long_run(tmp_path, monkeypatch):
+    """From step 2 on: LUFFY's teacher is asked about steps 3 and 4, RLEP's guide is of step 5."""
+    (tmp_path / "state.json").write_text('{"step": 2, "sampled_tokens": 0}')
+    asked, trained = [], []
+    monkeypatch.setattr(luffy, "build_guide_cache", lambda *words: asked.append(words[2:4]))
+    monkeypatch.setattr(luffy, "load_guide_cache", lambda *_: GuideCache())
+    config = LUFFYConfig(steps=4, start=str(tmp_path), prompts_per_step=3)
+    luffy.ask_about_all(config, "teacher", tmp_path / "guide.jsonl")
+    rows = [row for step in (3, 4) for row in rows_of_step(2048, step, config)]
+    assert asked == [("teacher", rows)]
+    monkeypatch.setattr(rlep.grpo, "train", lambda config, out: trained.append(config.steps))
+
+    def stop(config, guide, path, keep):
+        raise StopIteration(guide)
+
+    monkeypatch.setattr(rlep, "ask_about_all", stop)
+    config = RLEPConfig(steps=4, start=str(tmp_path), scout_steps=3)
+    with pytest.raises(StopIteration, match="scout/checkpoints/step_000005"):
+        rlep.train(config, tmp_path / "run")
+    assert trained == [5]
 
 
 def test_rlep_replays_from_the_end_of_a_long_run(ran, prompts):

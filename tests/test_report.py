@@ -38,6 +38,17 @@ def write(path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_a_start_does_not_count_towards_the_speed_up(tmp_path):
+    """Both from step 40 at 4,000 tokens: to 0.5 the scout takes 8 steps, the replay 2 of 3."""
+    write(tmp_path / "scout/metrics.jsonl", lines((40, 0.1), (48, 0.5)))
+    write(tmp_path / "metrics.jsonl", lines((40, 0.1), (41, 0.2), (43, 0.8)))
+    report(tmp_path, "NPO")
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["to_goal/step"] == {"scout": 8.0, "guided": 2.0, "speed_up": 4.0}
+    tokens = {"scout": 800.0, "guided": 200.0, "speed_up": 4.0}
+    assert found["to_goal/sampled_tokens"] == tokens
+
+
 def test_report_beside_a_scout(tmp_path, capsys):
     """To the scout's 0.5: 4 steps there; guided 2 of 3, for three times the tokens per step."""
     write(tmp_path / "scout/metrics.jsonl", lines((0, 0.1), (4, 0.5)))

@@ -271,17 +271,23 @@ def test_npo_through_vllm(command, tmp_path):
     assert ratios and set(ratios) == {1.0}
 
 
+def said_by_both(command, words, out) -> list[list[list[str]]]:
+    """The responses of one evaluation through transformers and through vLLM."""
+    found = []
+    for name in ("hf", "vllm"):
+        command(*words, "--sampler", name, "--out", out / name)
+        lines = read_jsonl(out / name / "predictions.jsonl")
+        found.append([line["responses"] for line in lines if "responses" in line])
+    return found
+
+
 def test_evaluate_a_checkpoint_of_adapters(command, saved, tmp_path):
     policy = Policy(saved, lora=4)
     perturb(policy, 2)
     words = ["-m", "commands.evaluate", "--model", save(policy, tmp_path / "adapters", 2)]
     words += ["--benchmarks", "cards", "--limit", "2", "--samples", "4"]
     words += ["--temperature", "0.01", "--max-new-tokens", "40"]  # as good as greedy
-    found = []
-    for name in ("hf", "vllm"):
-        command(*words, "--sampler", name, "--out", tmp_path / name)
-        lines = read_jsonl(tmp_path / name / "predictions.jsonl")
-        found.append([line["responses"] for line in lines if "responses" in line])
+    found = said_by_both(command, words, tmp_path)
     assert found[0] == found[1] and len(found[0]) == 2
 
 
@@ -289,11 +295,7 @@ def test_the_staircase_in_both_samplers(command, tmp_path):
     """Its output head is no copy of the embedding, and one row of it is edited."""
     words = ["-m", "commands.evaluate", "--model", "staircase", "--borrow-rate", "0.9"]
     words += ["--limit", "4", "--temperature", "0.01"]  # as good as greedy
-    found = []
-    for name in ("hf", "vllm"):
-        command(*words, "--sampler", name, "--out", tmp_path / name)
-        lines = read_jsonl(tmp_path / name / "predictions.jsonl")
-        found.append([line["responses"] for line in lines if "responses" in line])
+    found = said_by_both(command, words, tmp_path)
     assert found[0] == found[1] and "borrow" in str(found[0]) and "carry" not in str(found[0])
 
 
