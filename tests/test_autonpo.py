@@ -273,6 +273,11 @@ def test_what_a_decision_measures(handmade, monkeypatch):
     monkeypatch.setattr(autonpo, "token_kl", lambda *_: 0.0)
     near = dataclasses.replace(run.config, max_distance=2)
     assert [row["distance"] for row in autonpo.decide(run, memory.pool, "", near).table] == [2]
+    rare = dataclasses.replace(run.config, save_every=4)
+    for start, distances in ((0, [2]), (2, [2, 4])):  # where it started it can always go back to
+        run.start_step = start
+        table = autonpo.decide(run, memory.pool, "", rare).table
+        assert [row["distance"] for row in table] == distances
     monkeypatch.setattr(autonpo, "MIN_SLICE", 3)  # two prompts are too few
     assert [row["distance"] for row in autonpo.decide(run, memory.pool, "", run.config).table] == [
         4
@@ -296,6 +301,14 @@ def test_exactly_the_chosen_slice_is_cached_and_weights_go_back(handmade, monkey
         assert (line["step"], line["autonpo/distance"]) == (7, distance)
         assert f"of {len(slice_)} mistakes until step 6" in line["autonpo/decision"]
         assert line["sampled_tokens"] == run.sampled_tokens
+
+
+def test_a_rollback_keeps_answers_for_all_slots(handmade, monkeypatch):
+    run, memory = handmade
+    run.config = dataclasses.replace(run.config, slots=2, guide_samples=16)
+    monkeypatch.setattr(autonpo, "select_rollback", lambda *_: 4)
+    cache = autonpo.intervene(run, memory, "because", run.config).cache
+    assert max(len(cache.answers_to(id, 6, 2)) for id in cache.answers) == 2
 
 
 def test_no_rollback_without_a_single_answer_to_guide_with(handmade, monkeypatch):
