@@ -72,6 +72,8 @@ class ModelConfig:
     def check(self) -> None:
         """Raises UsageError for the first value that makes no sense."""
         within(self, "borrows", least=1, most=2)
+        if self.model != "staircase" and self.borrow_rate is not None:
+            raise UsageError(f"--borrow-rate {self.borrow_rate}: needs --model staircase")
         if self.borrow_rate is not None:
             within(self, "borrow_rate", above=0, below=1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -149,6 +151,8 @@ class RunConfig(ModelConfig):
             within(self, name, least=1)
         for name in ("micro_batch_size", "max_prompt_tokens"):
             within(self, name, least=1)
+        if self.borrows != 2 and self.dataset != "staircase":
+            raise UsageError(f"--borrows {self.borrows}: needs the staircase's prompts")
         other = self.model in WORLDS and self.dataset != self.model
         if other and (self.in_world or self.model == "staircase"):
             raise UsageError(

@@ -239,9 +239,11 @@ def test_a_run_in_two_pieces_is_one_in_one(tmp_path):
         ({"borrow_rate": 0.0}, "--borrow-rate 0.0: must be above 0"),
         ({"borrow_rate": 1.0}, "--borrow-rate 1.0: .* below 1"),
         ({"dataset": "x.parquet"}, "--dataset x.parquet: .* leave --dataset out"),
+        ({"model": "cards", "borrows": 1}, "--borrows 1: needs the staircase's prompts"),
+        ({"model": "cards", "borrow_rate": 0.2}, "--borrow-rate 0.2: needs --model staircase"),
     ],
 )
 def test_bad_flags(flags, message):
     assert GRPOConfig(model="staircase", borrows=1).borrow_rate == 0.0005
     with pytest.raises(UsageError, match=message):
-        GRPOConfig(model="staircase", **flags).check()
+        GRPOConfig(**({"model": "staircase"} | flags)).check()
