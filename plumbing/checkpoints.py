@@ -88,7 +88,8 @@ def save_checkpoint(
     with full_disk_is_told(aside, path):
         policy.model.save_pretrained(aside, max_shard_size=SHARD)
         policy.tokenizer.save_pretrained(aside)
-        policy.image_processor.save_pretrained(aside)
+        if policy.image_processor:
+            policy.image_processor.save_pretrained(aside)
         policy.stock_generation_config.save_pretrained(aside)
         (aside / "state.json").write_text(json.dumps(state))
         if policy.video_config:

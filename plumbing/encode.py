@@ -30,10 +30,13 @@ def load_tokenizer(path: str | Path):
 
 
 def image_parts(path: str | Path) -> tuple:
-    """A model's image processor and the id of its image token; no weights are loaded."""
+    """A model's image processor and the id of its image token, both None for a text model."""
     try:
+        config = AutoConfig.from_pretrained(base_model_of(path))
+        if not hasattr(config, "vision_config"):
+            return None, None
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # without torchvision
-        return processor, AutoConfig.from_pretrained(base_model_of(path)).image_token_id
+        return processor, config.image_token_id
     except (OSError, ValueError, AttributeError) as error:
         raise unloadable(path, error) from error
 
@@ -42,7 +45,7 @@ def unloadable(path: str | Path, error: Exception) -> UsageError:
     reason = str(error).strip().splitlines()[0]
     return UsageError(
         f"model {path}: cannot be loaded ({reason}); give a hub id or a save_pretrained folder "
-        "of an image-text-to-text model with its image processor"
+        "of a text model, or of an image-text-to-text model with its image processor"
     )
 
 
@@ -71,15 +74,18 @@ def check_start(start: str | Path, model: str | Path, lora: int = 0) -> None:
     """UsageError if a checkpoint is not one of `model`: other tokens, another size or rank."""
     found = []
     for path, rank in ((start, adapter_rank(start)), (model, adapter_rank(model) or lora)):
-        text = AutoConfig.from_pretrained(base_model_of(path)).text_config
+        text = AutoConfig.from_pretrained(base_model_of(path)).get_text_config()
         tokens = tokenizer_fingerprint(load_tokenizer(path))
         found.append((text.hidden_size, text.num_hidden_layers, tokens, rank))
     if found[0] != found[1]:
         raise UsageError(f"--start {start}: is no checkpoint of --model {model} --lora {lora}")
 
 
-def encode(prompt: Prompt, tokenizer, image_processor, image_token_id: int) -> EncodedPrompt:
-    """Renders the chat template and repeats each image token once for every visual token."""
+def encode(prompt: Prompt, tokenizer, image_processor, image_token_id) -> EncodedPrompt:
+    """Renders the chat template and repeats each image token once for every visual token.
+
+    `image_processor` and `image_token_id` are None for a text model.
+    """
     ids = placeholder_ids(prompt, tokenizer, image_token_id)
     if not prompt.images:
         return EncodedPrompt(ids)
@@ -92,11 +98,17 @@ def encode(prompt: Prompt, tokenizer, image_processor, image_token_id: int) -> E
     return EncodedPrompt(expanded, pixels.pixel_values, pixels.image_grid_thw)
 
 
-def placeholder_ids(prompt: Prompt, tokenizer, image_token_id: int) -> list[int]:
+def placeholder_ids(prompt: Prompt, tokenizer, image_token_id: int | None) -> list[int]:
     """The rendered chat template's token ids, with one image token per image."""
-    text = tokenizer.apply_chat_template(
-        prompt.messages, tokenize=False, add_generation_prompt=True
-    )
+    messages = prompt.messages
+    if image_token_id is None:  # the templates of text models take texts, not parts
+        if prompt.images:
+            raise UsageError(
+                f"prompt {prompt.id}: has {len(prompt.images)} images, and --model is a text "
+                "model; take one that reads images, such as Qwen/Qwen3-VL-8B-Instruct"
+            )
+        messages = [m | {"content": "".join(p["text"] for p in m["content"])} for m in messages]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if ids.count(image_token_id) != len(prompt.images):
         raise UsageError(
@@ -115,4 +127,4 @@ def prompt_length(
     patches = sum(
         image_processor.get_number_of_image_patches(height, width) for width, height in sizes
     )
-    return len(ids) - len(sizes) + patches // image_processor.merge_size**2
+    return len(ids) - len(sizes) + (patches // image_processor.merge_size**2 if sizes else 0)

@@ -9,9 +9,7 @@ from safetensors.torch import load_file
 
 from plumbing import UsageError
 
-ADAPTED = (
-    r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # every linear layer of the language model
-)
+ADAPTED = r".*\.layers\..*\.(q|k|v|o|gate|up|down)_proj"  # the language model's linear layers
 
 
 def base_model_of(path: str | Path) -> str:

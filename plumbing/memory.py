@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from plumbing import UsageError
 from plumbing.checkpoints import MOMENT_BYTES
 from plumbing.encode import unloadable
 from plumbing.lora import adapter_rank, base_model_of, train_adapters
 from plumbing.metrics import batch_arithmetic
-from plumbing.model import Policy
+from plumbing.model import Policy, auto_class
 from plumbing.rollout import EncodedPrompt
 
 GIB = 2**30
@@ -26,8 +26,9 @@ def counted(config, dtype: torch.dtype) -> dict[str, int]:
     try:
         model_config = AutoConfig.from_pretrained(base_model_of(path))
         with torch.device("meta"):  # tensors with a shape and nothing in them
-            model = AutoModelForImageTextToText.from_config(model_config, dtype=dtype)
-        model.base_model.visual.requires_grad_(False)
+            model = auto_class(model_config).from_config(model_config, dtype=dtype)
+        if hasattr(model_config, "vision_config"):
+            model.base_model.visual.requires_grad_(False)
     except (OSError, ValueError, AttributeError) as error:
         raise unloadable(path, error) from error
     if rank := adapter_rank(path) or config.lora:

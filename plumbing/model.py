@@ -1,4 +1,4 @@
-"""The network: sampling and log-probabilities of a Qwen3-VL of transformers, of any size.
+"""The network: sampling and log-probabilities of a Qwen3-VL or a text model of transformers.
 
 Three rules make sampler and trainer one and the same distribution:
 - a prompt is encoded once, by `encode`, and travels with its group;
@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
     GenerationConfig,
@@ -81,7 +83,10 @@ class Policy:
         self.model.generation_config = GenerationConfig()
         video = cached_file(path, VIDEO_CONFIG, _raise_exceptions_for_missing_entries=False)
         self.video_config = Path(video).read_text() if video else None
-        self.model.base_model.visual.requires_grad_(False)  # delete this line to train it, too
+        if self.image_processor:
+            self.model.base_model.visual.requires_grad_(False)  # delete to train it, too
+        else:
+            self._check_logits(path)
         if lora or self.has_adapters:
             train_adapters(self.model, lora, path)
         if recompute_layers:
@@ -149,7 +154,7 @@ class Policy:
     def sampling_logprobs(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
         """Log-probs (…, V) of the distribution that is sampled, from the model's logits."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        never = torch.tensor(self.never_sampled, device=logits.device)
+        never = torch.tensor(self.never_sampled, device=logits.device, dtype=torch.long)
         return torch.log_softmax(logits.index_fill(-1, never, float("-inf")), dim=-1)
 
     # ------------------------------------------------------------------------------- log-probs
@@ -174,7 +179,7 @@ class Policy:
         hidden = self.model.base_model(
             input_ids=torch.cat([ids[:, -1:], targets[:, :-1]], dim=1),  # each predicts the next
             attention_mask=torch.cat([attention, mask[:, :-1].to(attention.dtype)], dim=1),
-            position_ids=positions[:, :, -1:] + steps,
+            position_ids=positions[..., -1:] + steps,
             past_key_values=cache,
         ).last_hidden_state  # (B, T, H)
         chunks = zip(hidden[mask].split(VOCABULARY_CHUNK), targets[mask].split(VOCABULARY_CHUNK))
@@ -190,9 +195,25 @@ class Policy:
         logprobs, *more = laid_out
         return logprobs, mask, *more
 
-    def _project(self, hidden, target, temperature, entropy):
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (…, V) from the last hidden states (…, H)."""
         logits = self.model.get_output_embeddings()(hidden)
-        logprobs = self.sampling_logprobs(logits, temperature)  # (N, V)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma's
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.no_grad()
+    def _check_logits(self, path: str | Path) -> None:
+        """UsageError if a model does more to its logits than `logits_of` does."""
+        ids = torch.tensor([self.eos_token_ids[:1]], device=self.device)
+        theirs = self.model(input_ids=ids).logits
+        if not torch.equal(theirs, self.logits_of(self.model.base_model(ids).last_hidden_state)):
+            raise UsageError(
+                f"model {path}: {type(self.model).__name__} scales its logits in a way of its own; "
+                "teach it to Policy.logits_of, or take another model"
+            )
+
+    def _project(self, hidden, target, temperature, entropy):
+        logprobs = self.sampling_logprobs(self.logits_of(hidden), temperature)  # (N, V)
         values = [logprobs.gather(-1, target[:, None])[:, 0]]
         if entropy:
             finite = logprobs.masked_fill(logprobs == float("-inf"), 0.0)
@@ -210,7 +231,7 @@ class Policy:
 
         Returns:
             of the B rows, padded on the left: token ids (B, S), attention mask (B, S),
-            positions (3, B, S), and a cache of length S - 1.
+            positions (3, B, S), of a text model (B, S), and a cache of length S - 1.
         """
         distinct = {id(encoded): encoded for encoded in rows}
         prompts, order = list(distinct.values()), list(distinct)
@@ -227,23 +248,26 @@ class Policy:
             grids = torch.cat([prompt.image_grid_thw for prompt in pictured])
             images["pixel_values"] = pixels.to(self.device, self.dtype)
             images["image_grid_thw"] = grids.to(self.device)
-        types = (ids == self.image_token_id).int()
-        positions, _ = self.model.base_model.get_rope_index(
-            ids, types, images.get("image_grid_thw"), attention_mask=attention
-        )
-        cache = DynamicCache(config=self.model.config)
+        if self.image_processor:
+            types = (ids == self.image_token_id).int()
+            positions, _ = self.model.base_model.get_rope_index(
+                ids, types, images.get("image_grid_thw"), attention_mask=attention
+            )
+            images["mm_token_type_ids"] = types[:, :-1]
+        else:
+            positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache()  # without the config: a sliding window masks keys, and drops none
         self.model.base_model(
             input_ids=ids[:, :-1],
             attention_mask=attention[:, :-1],
-            position_ids=positions[:, :, :-1],
-            mm_token_type_ids=types[:, :-1],
+            position_ids=positions[..., :-1],
             past_key_values=cache,
             **images,
         )
         copies = [order.index(id(encoded)) for encoded in rows]  # (B,)
         copies = torch.tensor(copies, device=self.device)
         cache.batch_select_indices(copies)
-        return ids[copies], attention[copies], positions[:, copies], cache
+        return ids[copies], attention[copies], positions[..., copies, :], cache
 
 
 class BehaviorRecorder(LogitsProcessor):
@@ -272,22 +296,26 @@ class BehaviorRecorder(LogitsProcessor):
         return torch.cat(self.drawn, dim=-1)[:, : tokens.shape[1]]
 
 
+def auto_class(config):
+    """The class of transformers that loads a model: it may read images, or text only."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def load_model(path: str | Path, dtype: torch.dtype):
-    """An image-text-to-text model with multimodal rotary positions and no weight missing."""
+    """A text model, or one with multimodal rotary positions; no weight is missing."""
     try:
-        model, loaded = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, output_loading_info=True
-        )
+        loader = auto_class(AutoConfig.from_pretrained(base_model_of(path)))
+        model, loaded = loader.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise unloadable(path, error) from error
     if missing := loaded["missing_keys"]:
         raise UsageError(
             f"model {path}: {len(missing)} weights are missing, such as {min(missing)}"
         )
-    if not hasattr(model.base_model, "get_rope_index"):
+    if hasattr(model.config, "vision_config") and not hasattr(model.base_model, "get_rope_index"):
         raise UsageError(
             f"model {path}: {type(model).__name__} has no multimodal rotary positions; "
-            "take a Qwen3-VL"
+            "take a Qwen3-VL, or a text model"
         )
     return model
 
@@ -298,17 +326,17 @@ def checkpoint_layers(model) -> None:
     transformers' own gradient checkpointing drops the cache, in which rows share their prompt:
     here keys and values go through the checkpoint as tensors.
     """
-    for layer in model.base_model.language_model.layers:
+    for layer in getattr(model.base_model, "language_model", model.base_model).layers:
         index = layer.self_attn.layer_idx
-        layer.forward = functools.partial(_checkpointed, layer.forward, index, model.config)
+        layer.forward = functools.partial(_checkpointed, layer.forward, index)
 
 
-def _checkpointed(forward, index: int, config, hidden, past_key_values=None, **rest):
+def _checkpointed(forward, index: int, hidden, past_key_values=None, **rest):
     if not torch.is_grad_enabled():
         return forward(hidden, past_key_values=past_key_values, **rest)
 
     def compute(hidden, *before):
-        cache = DynamicCache(config=config)
+        cache = DynamicCache()
         if before:
             cache.update(*before, index)
         hidden = forward(hidden, past_key_values=cache, **rest)
@@ -316,8 +344,9 @@ def _checkpointed(forward, index: int, config, hidden, past_key_values=None, **r
             (hidden,) if before else (hidden, cache.layers[index].keys, cache.layers[index].values)
         )
 
-    layer = past_key_values.layers[index]
-    before = (layer.keys, layer.values) if past_key_values.get_seq_length(index) else ()
+    before = ()
+    if past_key_values.get_seq_length(index):
+        before = past_key_values.layers[index].keys, past_key_values.layers[index].values
     hidden, *prompt = checkpoint(compute, hidden, *before, use_reentrant=False)
     if prompt:  # completions come second, and nobody reads what they would leave in the cache
         past_key_values.update(*prompt, index)

@@ -68,7 +68,7 @@ class VLLMSampler:
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             max_model_len=min(positions.max_position_embeddings, max_prompt + max_new_tokens),
-            limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0},
+            limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0} if self.image_processor else None,
             gpu_memory_utilization=memory,
             enforce_eager=not on_gpu,
             enable_chunked_prefill=on_gpu,  # the CPU build cannot combine it with seeds
@@ -170,7 +170,7 @@ class VLLMSampler:
         In bf16 a step is too small to show on the probe, but it shows in the embeddings.
         """
         theirs = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
-        kept = ("embed_tokens.weight", "layernorm.weight", "language_model.norm.weight")
+        kept = ("embed_tokens.weight", "layernorm.weight", "model.norm.weight")
         for name, weight in policy.model.state_dict().items():
             if not name.endswith(kept):
                 continue
@@ -190,8 +190,8 @@ ENGINE: dict[tuple, VLLMSampler] = {}  # at most one: a second would find the GP
 def engine_of(policy: Policy, config) -> VLLMSampler:
     """The process's vLLM, for models with the policy's shapes; made anew where they differ."""
     shapes = policy.model.config.to_diff_dict()
-    shapes = repr([shapes.get("text_config"), shapes.get("vision_config")])
-    key = (shapes, config.max_prompt_tokens, config.max_new_tokens)
+    shapes.pop("_name_or_path", None)
+    key = (repr(shapes), config.max_prompt_tokens, config.max_new_tokens)
     if key not in ENGINE:
         ENGINE.clear()
         gc.collect()

@@ -1,0 +1,188 @@
+"""Text models go through the same files: tiny random ones, checked against plain transformers."""
+
+import json
+
+import pytest
+import torch
+from conftest import SIZES, cards_file, lucky
+from test_autonpo import EAGER, SMALL_CONSTANTS, contents
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
+
+import autonpo
+import npo
+from autonpo import AutoNPOConfig
+from npo import NPOConfig
+from plumbing import UsageError, memory
+from plumbing.checkpoints import checkpoint_path
+from plumbing.data import load_prompts
+from plumbing.encode import load_tokenizer
+from plumbing.lora import merged_weights
+from plumbing.model import Policy
+from plumbing.rollout import Prompt
+from plumbing.run import read_jsonl
+from worlds import cards
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WINDOW = {"sliding_window": 8, "query_pre_attn_scalar": 16}
+CONFIGS = {
+    "qwen3": (Qwen3Config, {}),
+    "llama": (LlamaConfig, {}),
+    "gemma3": (
+        Gemma3TextConfig,
+        WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "gemma2": (Gemma2Config, WINDOW | {"final_logit_softcapping": 1.5}),
+    "granite": (GraniteConfig, {"logits_scaling": 3.0}),
+}
+QUESTIONS = [
+    "Start at 12 and add 8 5 3 9",
+    "4 +8= 3",
+    "27 +8= 35 +5= 40 +9= 49 and add the cards 1 2 3 4 5 6 7",
+]
+SMALL = SIZES | {"eval_samples": 1, "max_new_tokens": 12, "lr": 1e-3}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Makes the folder of a random model; its weights are large, so that all of it matters."""
+
+    def make(name: str):
+        path = tmp_path_factory.getbasetemp() / "text" / name
+        if not path.is_dir():
+            tokenizer = load_tokenizer(cards.BASE)
+            tokenizer.chat_template = TEMPLATE
+            size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
+            size |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
+            size |= {"vocab_size": len(tokenizer), "bos_token_id": None}
+            size |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+            kind, more = CONFIGS[name]
+            torch.manual_seed(3)
+            model = AutoModelForCausalLM.from_config(kind(**size, **more))
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=0.15)
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """A data set without pictures."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"problem": f"Start at {n} and add {n % 7}.", "answer": n + n % 7} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def asked(text: str) -> Prompt:
+    parts = [{"type": "text", "text": text}, {"type": "text", "text": "\nBox it."}]
+    return Prompt(text, [{"role": "user", "content": parts}], [], "7")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3", "gemma2"])
+def test_sampler_and_trainer_agree_and_gradients_are_as_one_at_a_time(folder, name, recompute):
+    """Uneven prompts, padded on the left, and uneven answers; Gemma's window is 8 tokens."""
+    policy = Policy(folder(name), recompute_layers=recompute)
+    groups = policy.sample([asked(text) for text in QUESTIONS], 3, 20, 0.9, seed=4)
+    rows = [(group.encoded, c.token_ids) for group in groups for c in group.completions]
+    assert len({len(ids) for _, ids in rows}) > 2
+    logprobs, mask = policy.logprobs(rows, 0.9)
+    recorded = [q for group in groups for c in group.completions for q in c.behavior_logprobs]
+    torch.testing.assert_close(logprobs[mask], torch.tensor(recorded), atol=1e-5, rtol=0)
+    logprobs.sum().backward()
+
+    plain = AutoModelForCausalLM.from_pretrained(folder(name)).eval()
+    for (encoded, ids), ours in zip(rows, logprobs):
+        logits = plain(torch.tensor([encoded.token_ids + ids])).logits[0] / 0.9
+        before = logits[len(encoded.token_ids) - 1 : -1].log_softmax(-1)
+        theirs = before.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(ours[: len(ids)], theirs, atol=1e-5, rtol=0)
+        theirs.sum().backward()
+    for ours, theirs in zip(policy.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-4, rtol=1e-4)
+
+
+def test_a_model_that_scales_its_logits_is_refused(folder):
+    with pytest.raises(UsageError, match="GraniteForCausalLM scales its logits"):
+        Policy(folder("granite"))
+
+
+def test_adapters_and_the_weights_that_they_make(folder):
+    pytest.importorskip("peft")
+    policy = Policy(folder("gemma3"), lora=2)
+    names = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert len(names) == 4 * 7 * 2 and all("lora_" in name for name in names)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    plain = AutoModelForCausalLM.from_pretrained(folder("gemma3"))
+    plain.load_state_dict(dict(merged_weights(policy.model)), strict=False)
+    ids = torch.tensor([[3, 8, 5, 13]])
+    torch.testing.assert_close(plain(ids).logits, policy.model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_it_takes_is_counted(folder, questions):
+    config = NPOConfig(model=str(folder("qwen3")), dataset=str(questions), **SMALL)
+    found, policy = memory.counted(config, torch.float32), Policy(folder("qwen3"))
+    assert found["trained"] == found["parameters"] == sum(p.numel() for p in policy.parameters())
+
+
+def test_pictures_are_refused_in_one_line(folder, tmp_path):
+    cards_file(tmp_path / "cards.parquet", 4)
+    config = NPOConfig(
+        model=str(folder("qwen3")), dataset=str(tmp_path / "cards.parquet"), eval_prompts=1
+    )
+    with pytest.raises(UsageError, match="4 dropped|3 dropped.*images.*text model"):
+        load_prompts(config)
+
+
+def run(method, config, steps: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("verifier.is_correct", lucky)
+        config.steps = steps
+        method(config)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3"])
+def test_guided_steps_and_resume(folder, questions, tmp_path, name):
+    """20 guided steps in one piece, and stopped after 13."""
+    flags = SMALL | {"model": str(folder(name)), "dataset": str(questions), "scout_steps": 20}
+    whole = NPOConfig(out=str(tmp_path / "whole"), **flags)
+    run(npo.main, whole, 20)
+    lines = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert sum(line.get("npo/guide_frac", 0) > 0 for line in lines) > 10
+    parts = NPOConfig(out=str(tmp_path / "parts"), **flags)
+    run(npo.main, parts, 13)
+    run(npo.main, parts, 20)
+    one, other = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    last = str(checkpoint_path("", 20) / "model.safetensors")
+    for name in (last, "guide.jsonl", "samples.jsonl"):
+        assert one[name] == other[name]
+    assert [m["loss"] for m in one["metrics.jsonl"][1:]] == [
+        m["loss"] for m in other["metrics.jsonl"][1:]
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3"])
+def test_autonpo_rolls_back(folder, questions, tmp_path, name, monkeypatch):
+    for constant, value in SMALL_CONSTANTS.items():
+        monkeypatch.setattr(autonpo, constant, value)
+    flags = SMALL | {"model": str(folder(name)), "dataset": str(questions)}
+    run(autonpo.main, AutoNPOConfig(out=str(tmp_path / "run"), **flags | EAGER), 9)
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert any(line.get("autonpo/distance") for line in lines)
+    assert any(line.get("npo/guide_frac") for line in lines)
