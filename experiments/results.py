@@ -53,7 +53,8 @@ def results(file: str, rows) -> dict[str, list[Result]]:
 
 def bounds(values: list[float]) -> tuple[float, float]:
     """Of the mean's 95 % interval over seeds, by Student's t."""
-    half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    t = T_975[min(len(values), len(T_975) - 1)]  # beyond the table a little too large
+    half = t * statistics.stdev(values) / len(values) ** 0.5
     return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 

@@ -27,6 +27,7 @@ class UpdateStats:
             length = len(sample.completion.token_ids)
             of_row = {name: values[row, :length] for name, values in per_token.items()}
             self.tokens.append((sample.completion, of_row))
+            sample.completion.ratios = of_row["ratio"].tolist()
 
     def end_step(self, grad_norm: torch.Tensor) -> None:
         """One optimizer step; FloatingPointError before it is taken with a number that is none."""

@@ -45,6 +45,8 @@ class Completion:
     exact: bool = True  # False: vLLM's own log-probs, which are not quite the trainer's
     accuracy: float | None = None  # accuracy and reward are filled in by the verifier
     reward: float | None = None
+    advantage: float | None = None  # of the step that trained on it, and each token's ratio there
+    ratios: list[float] | None = None
 
 
 @dataclass
@@ -78,6 +80,9 @@ class Sample:
 
 def samples_with_signal(groups: list[Group], advantages: torch.Tensor) -> list[Sample]:
     """The groups' completions with their advantages (P, G), without groups where all are 0."""
+    for group, row in zip(groups, advantages.tolist()):
+        for completion, advantage in zip(group.completions, row):
+            completion.advantage, completion.ratios = advantage, None
     return [
         Sample(group.encoded, completion, advantage)
         for group, row in zip(groups, advantages.tolist())

@@ -1,6 +1,7 @@
 """The run directory: what a training run reads and writes.
 
     config.json  metrics.jsonl  samples.jsonl  checkpoints/step_000040/  curves.png  summary.json
+    rollouts/step_000001.parquet
     (npo.py: + guide.jsonl, exgrpo.py: + experience.jsonl)
 
 The directory is the truth. Which prompts step k sees, and the seed that it samples with, are pure
@@ -47,6 +48,7 @@ from plumbing.metrics import (
     transcript,
 )
 from plumbing.model import Policy
+from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, write_rollouts
 from plumbing.rollout import Group, batched
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step
@@ -308,6 +310,9 @@ class Run:
             metrics |= self.evaluate(step)
         self.log(metrics)
         self.log(transcript(step, groups, mixed or groups), "samples.jsonl")
+        if shown := self.config.rollouts:
+            rows = rollout_rows(step, groups[:shown], (mixed or groups)[:shown])
+            write_rollouts(rollouts_path(self.out, step, self.rollbacks), rows)
         tqdm.write(step_line(metrics, self.config.steps, self.config.prompts_per_step))
         self.step = step
         if last or step % self.config.save_every == 0 or str(step) in self._kept_steps():
@@ -365,6 +370,7 @@ class Run:
                 remove_checkpoint(path)
 
     def _drop_lines_after(self, last: tuple[int, int]) -> None:
+        drop_rollouts_after(self.out, last)
         for path in (self.out / name for name in LOGS):
             kept = [line for line in read_jsonl(path) if lineage_key(line) <= last]
             if kept:

@@ -32,7 +32,15 @@ BY_WORLD = {
 }
 
 # Flags that change nothing in what a run computes
-MAY_CHANGE_ON_RESUME = {"out", "fresh", "keep", "device", "vllm_memory", "micro_batch_size"}
+MAY_CHANGE_ON_RESUME = {
+    "out",
+    "fresh",
+    "keep",
+    "device",
+    "vllm_memory",
+    "micro_batch_size",
+    "rollouts",
+}
 
 
 @dataclass
@@ -107,6 +115,7 @@ class RunConfig(ModelConfig):
     eval_samples: int | None = None  # answers; 0: exact [worlds 0, of a teacher or file 4, else 1]
     save_every: int = 20  # steps between checkpoints (the NPO authors: 10 or 20)
     keep: str | None = None  # old checkpoints: all, none, steps as 40,100 [worlds all, else none]
+    rollouts: int = 8  # prompts per step whose answers are kept in rollouts/; 0: of none
     # Memory
     micro_batch_size: int | None = None  # sequences at a time, memory only [worlds 32, else 4]
     max_prompt_tokens: int = 4096  # longer prompts, images counted, are dropped (as the authors)
@@ -151,6 +160,7 @@ class RunConfig(ModelConfig):
             within(self, name, least=1)
         for name in ("micro_batch_size", "max_prompt_tokens"):
             within(self, name, least=1)
+        within(self, "rollouts", least=0)
         if self.borrows != 2 and self.dataset != "staircase":
             raise UsageError(f"--borrows {self.borrows}: needs the staircase's prompts")
         other = self.model in WORLDS and self.dataset != self.model

@@ -1,0 +1,71 @@
+"""Every rollout of a step: rollouts/step_000012.parquet, a row for each slot that was sampled.
+
+Columns are TRL's first, then ours. After a rollback (AutoNPO's) a step is taken again: its file is
+then step_000012_rollback1.parquet, beside the one that was undone.
+"""
+
+import re
+from pathlib import Path
+
+from plumbing.rollout import Group
+
+
+def rollouts_path(out: str | Path, step: int, rollbacks: int = 0) -> Path:
+    again = f"_rollback{rollbacks}" if rollbacks else ""
+    return Path(out) / "rollouts" / f"step_{step:06d}{again}.parquet"
+
+
+def drop_rollouts_after(out: Path, last: tuple[int, int]) -> None:
+    """Removes those after (rollbacks, step), and what a kill left of one that was being written."""
+    for path in out.glob("rollouts/step_*.parquet*"):
+        found = re.fullmatch(r"step_(\d{6})(?:_rollback(\d+))?\.parquet(\.tmp)?", path.name)
+        if found and (found[3] or (int(found[2] or 0), int(found[1])) > last):
+            path.unlink()
+
+
+def rollout_rows(step: int, groups: list[Group], mixed: list[Group]) -> list[dict]:
+    """The trained slots of each group in order, then those that a guide's answer displaced.
+
+    Args:
+        groups: as sampled. mixed: as trained, the same prompts in the same order.
+    """
+    rows = []
+    for asked, trained in zip(groups, mixed):
+        content = asked.prompt.messages[-1]["content"]
+        question = "".join(part.get("text", "<image>") for part in content)
+        slots = [(slot, completion, True) for slot, completion in enumerate(trained.completions)]
+        for slot, completion in enumerate(asked.completions):
+            if all(completion is not kept for kept in trained.completions):
+                slots.append((slot, completion, False))
+        for slot, c, is_trained in slots:
+            rows.append(
+                {
+                    "step": step,
+                    "prompt": question,
+                    "completion": c.text,
+                    "reward": c.reward,
+                    "advantage": c.advantage if is_trained else None,
+                    "prompt_id": asked.prompt.id,
+                    "gold": asked.prompt.gold,
+                    "slot": slot,
+                    "trained": is_trained,
+                    "source": c.source,
+                    "accuracy": c.accuracy,
+                    "finished": c.finished,
+                    "token_ids": c.token_ids,
+                    "logprobs": c.behavior_logprobs,
+                    "ratios": c.ratios if is_trained else None,
+                }
+            )
+    return rows
+
+
+def write_rollouts(path: Path, rows: list[dict]) -> None:
+    """In one act: a kill leaves all of the file or nothing."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), aside)
+    aside.rename(path)
