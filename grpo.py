@@ -82,6 +82,7 @@ def clipped_policy_loss(
     clip_high: float = 0.28,
     num_sequences: int | None = None,
     weights: torch.Tensor | float = 1.0,
+    num_tokens: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-J above, to be minimised.
 
@@ -91,9 +92,12 @@ def clipped_policy_loss(
         num_sequences: sequences in the whole batch, if this is a
             micro-batch of it, so that the micro-batches' losses add up.
         weights: (B, T), of each token's term; 1 except in vLLM's slots.
+        num_tokens: of the answers in the whole batch; for losses that
+            average over tokens.
     Returns:
         the loss, and (B, T) of each token: its ratio, and whether the clip
-        stopped its gradient at the range's low or high end.
+        stopped its gradient at the range's low or high end. What else is
+        returned there is logged by its name, as a mean over the tokens.
     """
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))
     gain = advantages[:, None]
@@ -109,16 +113,16 @@ def clipped_policy_loss(
 
 
 def policy_loss(
-    policy: Policy, samples: list[Sample], config: GRPOConfig, num_sequences: int
+    policy: Policy, samples: list[Sample], config: GRPOConfig, num_sequences: int, num_tokens: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a micro-batch, and what `UpdateStats` logs of its tokens."""
     rows = [(s.encoded, s.completion.token_ids) for s in samples]
     logprobs, mask = policy.logprobs(rows, config.temperature)  # (B, T)
     log_q, weights = log_q_of(samples, logprobs, mask)  # (B, T)
     advantages = logprobs.new_tensor([s.advantage for s in samples])  # (B,)
-    clip = config.clip_low, config.clip_high
+    clip, weight = (config.clip_low, config.clip_high), weights.clamp(max=IS_CAP)
     loss, per_token = clipped_policy_loss(
-        logprobs, log_q, advantages, mask, *clip, num_sequences, weights.clamp(max=IS_CAP)
+        logprobs, log_q, advantages, mask, *clip, num_sequences, weight, num_tokens
     )
     return loss, per_token | {"weight": weights}
 
@@ -139,11 +143,11 @@ def update(
     advantages_of, loss_of = advantages_of or group_advantages, loss_of or policy_loss
     rewards = torch.tensor([[c.reward for c in g.completions] for g in groups])  # (P, G)
     advantages = advantages_of(rewards)  # (P, G)
-    samples = samples_with_signal(groups, advantages)
-    stats = UpdateStats()
+    samples, stats = samples_with_signal(groups, advantages), UpdateStats()
+    size = rewards.numel(), sum(len(c.token_ids) for g in groups for c in g.completions)
     for _ in range(config.updates_per_batch if samples else 0):
         for micro_batch in batched(samples, config.micro_batch_size):
-            loss, per_token = loss_of(policy, micro_batch, config, rewards.numel())
+            loss, per_token = loss_of(policy, micro_batch, config, *size)
             loss.backward()
             stats.add(micro_batch, loss, per_token)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)

@@ -109,7 +109,7 @@ def shaped_policy_loss(
     return loss, {"ratio": ratio.detach(), "low": never, "high": never}
 
 
-def shaped_loss(policy: Policy, samples: list[Sample], config, num_sequences: int):
+def shaped_loss(policy: Policy, samples: list[Sample], config, num_sequences: int, _):
     """As `grpo.policy_loss`: the shaped loss of a micro-batch less the entropy bonus."""
     rows = [(s.encoded, s.completion.token_ids) for s in samples]
     logprobs, mask, entropy = policy.logprobs(rows, config.temperature, entropy=True)  # (B, T)

@@ -62,8 +62,8 @@ def token_mean_update(run: Run, groups: list[Group], config: RLEPConfig) -> dict
     def advantages(rewards: torch.Tensor) -> torch.Tensor:
         return group_advantages(rewards) * lengths
 
-    def loss(policy, samples, config, _) -> tuple[torch.Tensor, dict]:
-        return policy_loss(policy, samples, config, num_sequences=lengths.sum().item())
+    def loss(policy, samples, config, _, num_tokens: int) -> tuple[torch.Tensor, dict]:
+        return policy_loss(policy, samples, config, num_tokens, num_tokens)
 
     return update(run.policy, run.optimizer, groups, config, advantages, loss)
 

@@ -153,7 +153,7 @@ def group_gradient(policy: Policy, group: Group, config: NPOConfig) -> torch.Ten
     """NPO's gradient from one group, flat."""
     rewards = torch.tensor([[c.reward for c in group.completions]])
     samples = samples_with_signal([group], grpo.group_advantages(rewards))
-    loss, _ = grpo.policy_loss(policy, samples, config, len(samples))
+    loss, _ = grpo.policy_loss(policy, samples, config, len(samples), 0)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy.parameters())])
 
 

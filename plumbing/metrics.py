@@ -9,6 +9,7 @@ import torch
 
 from plumbing.rollout import Group, Sample
 
+LOGGED_AS = {"low": "clip_ratio/low_mean", "high": "clip_ratio/high_mean"}  # TRL's names
 IS_CAP = 2.0  # upper limit of a token's weight pi_trainer / q_vllm; TRL's default is 3
 
 
@@ -27,7 +28,8 @@ class UpdateStats:
             length = len(sample.completion.token_ids)
             of_row = {name: values[row, :length] for name, values in per_token.items()}
             self.tokens.append((sample.completion, of_row))
-            sample.completion.ratios = of_row["ratio"].tolist()
+            if "ratio" in of_row:
+                sample.completion.ratios = of_row["ratio"].tolist()
 
     def end_step(self, grad_norm: torch.Tensor) -> None:
         """One optimizer step; FloatingPointError before it is taken with a number that is none."""
@@ -40,14 +42,12 @@ class UpdateStats:
     def metrics(self) -> dict:
         if not self.losses:
             return {"loss": 0.0, "grad_norm": 0.0, "ratio": 1.0}
-        found = {
-            "loss": statistics.fmean(self.losses),
-            "grad_norm": statistics.fmean(self.grad_norms),
-            "ratio": self._of("ratio").mean().item(),
-            "clip_ratio/low_mean": self._of("low").mean().item(),
-            "clip_ratio/high_mean": self._of("high").mean().item(),
-        }
-        if any(c.source != "policy" for c, _ in self.tokens):
+        found = {"loss": statistics.fmean(self.losses)}
+        found["grad_norm"] = statistics.fmean(self.grad_norms)
+        logged = [name for name in self.tokens[0][1] if name != "weight"]
+        for name in logged:  # whatever the loss has returned
+            found[LOGGED_AS.get(name, name)] = self._of(name).mean().item()
+        if "ratio" in logged and any(c.source != "policy" for c, _ in self.tokens):
             ratio = self._of("ratio", lambda c: c.source != "policy")
             found |= summary("npo/guide_ratio_", ratio, "mean", "min", "max")
         if any(not c.exact for c, _ in self.tokens):
@@ -126,7 +126,7 @@ def step_line(metrics: dict, steps: int, prompts_per_step: int) -> str:
     length, cut = metrics["completions/mean_length"], metrics["completions/clipped_ratio"]
     parts += [
         f"loss {metrics['loss']:.3f}",
-        f"ratio {metrics['ratio']:.2f} clip {clipped:.1%}",
+        f"ratio {metrics.get('ratio', 1):.2f} clip {clipped:.1%}",
         f"ent {metrics['entropy']:.2f}",
         f"len {length:.0f} cut {cut:.0%}",
         f"gn {metrics['grad_norm']:.2f}",
