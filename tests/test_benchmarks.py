@@ -8,9 +8,9 @@ from PIL import Image
 
 import verifier
 from commands import benchmarks
-from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, Unaskable, compose, lettered, we_math
-from plumbing import UsageError
-from plumbing.data import BOXED
+from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, lettered, we_math
+from plumbing import Unusable, UsageError
+from plumbing.rows import BOXED, compose
 
 
 def picture(width: int) -> Image.Image:
@@ -189,7 +189,7 @@ def test_golden_answers(name, tmp_path):
     of_rows = {int(item.id.split(":")[1]): item for item in reversed(items)}  # the first rotation
     for number, (changes, response, right) in enumerate(GOLDEN[name]):
         if right is None:
-            with pytest.raises(Unaskable, match=f"^{re.escape(response)}$"):
+            with pytest.raises(Unusable, match=f"^{re.escape(response)}$"):
                 of_rows[number].prompt()
         else:
             prompt = of_rows[number].prompt()
@@ -204,7 +204,7 @@ def test_an_image_that_cannot_be_read_is_one_of_them(tmp_path):
     table = table.remove_columns("image").add_column("image", stored, feature=kind)
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "mmstar.parquet")
     (item,) = benchmarks.items_of("mmstar", str(tmp_path))
-    with pytest.raises(Unaskable, match="an image cannot be read"):
+    with pytest.raises(Unusable, match="an image cannot be read"):
         item.prompt()
 
 
@@ -259,7 +259,7 @@ def test_images_stand_where_they_are_mentioned_also_twice():
     assert [image.width for image in order] == [3, 4]  # labels inside the pictures, say
     assert content[-1]["text"] == "<image 2> then <image 1>"
     for text in ("<image 2>", "<image 9>"):
-        with pytest.raises(Unaskable, match="an image is missing"):
+        with pytest.raises(Unusable, match="an image is missing"):
             compose(text, images, placed=True)
     for mode in ("P", "RGBA", "L"):
         assert compose("", [Image.new(mode, (8, 8))], placed=False)[1][0].mode == "RGB"
