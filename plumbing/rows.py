@@ -28,6 +28,8 @@ LOST_BACKSLASH = re.compile(  # where JSON read "\\frac" as a form feed and "rac
     r"[\b\a]|\f(?=rac|orall)|\v(?=ec|ar|ert|ee)|\t(?=imes|heta|ext\{|frac|riangle|au\b)"
     r"|\r(?=ho\b|ight)|\n(?=abla)"
 )
+LOST_IN_BOX = re.compile(LOST_BACKSLASH.pattern + r"|\{[\t\r\n](?=[a-z])")
+LOST = "control characters (LaTeX with single backslashes?)"
 
 
 def compose(text: str, images: list[Image.Image | None], placed: bool = True) -> tuple[list, list]:
@@ -118,7 +120,7 @@ def gold_text(answer, kind=None) -> str | None:
 
 
 def read_gold(answer, kind, options: list[str] | None) -> str:
-    """The gold of a row that any short answer can equal; raises Unusable."""
+    """The gold of a row: some short answer equals it, or it means one option; raises Unusable."""
     gold = gold_text(answer, kind)
     if gold and options and is_index(answer, gold, kind, options):
         raise Unusable(
@@ -127,12 +129,16 @@ def read_gold(answer, kind, options: list[str] | None) -> str:
             "options' texts instead",
             got=repr(answer),
         )
-    reason = verifier.unanswerable(gold) if gold else None
-    right = verifier.option_index(gold, options) if gold and options and not reason else None
-    same = [place for place, option in enumerate(options or []) if option == gold]
-    if gold is None or reason or (options and right is None) or (same and right not in same):
+    why = LOST if isinstance(answer, str) and LOST_IN_BOX.search(answer) else None
+    if gold and options:
+        right, same = verifier.option_index(gold, options), [o == gold for o in options]
+        # "A" may be the letter of the first and the text of the second
+        gold = gold if right is not None and (same[right] or not any(same)) else None
+    elif gold:
+        why = why or verifier.unanswerable(gold)
+    if not gold or why:
         raise Unusable(
-            f"no verifiable gold: {reason}" if reason else "no verifiable gold",
+            f"no verifiable gold: {why}" if why else "no verifiable gold",
             f"golds are texts or numbers of up to {verifier.MAX_MATH_CHARS} characters, or, with "
             "options, a letter or an option's text: name another column, as in --columns answer=x",
             got=repr(answer)[:60],
@@ -169,14 +175,15 @@ def read_row(
         raise Unusable(
             "no question", "prompts are texts: name their column, as in --columns prompt=question"
         )
-    if LOST_BACKSLASH.search(question):
-        raise Unusable(
-            "control characters in its question (LaTeX with single backslashes?)",
-            "in JSON a backslash is written twice, as in \\\\frac",
-        )
     options = read_options(row.get(columns["choices"]))
     gold = read_gold(row[columns["answer"]], kind, options)
     text = with_options(question, options) if options else question
+    if found := LOST_BACKSLASH.search(text):
+        raise Unusable(
+            f"a question with {LOST}",
+            "in JSON a backslash is written twice, as in \\\\frac",
+            got=repr(text[found.start() :][:20]),
+        )
     content, images = compose(text, [open_image(one, folder) for one in stored])
     content.append({"type": "text", "text": f"\n{BOXED}"})
     return [{"role": "user", "content": content}], images, gold, options

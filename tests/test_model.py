@@ -304,7 +304,10 @@ def test_the_vision_tower_is_frozen(base):
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("no/such/model", "there is no such folder"), ("docs", "its tokenizer cannot be loaded")],
+    [
+        ("no/such/model", "there is no such folder"),
+        ("docs", "no tokenizer; copy tokenizer_config.json"),
+    ],
 )
 def test_unknown_model(path, reason):
     with pytest.raises(UsageError, match=f"model {path}: {reason}.*; give a hub id or") as error:
