@@ -30,4 +30,4 @@ class Unusable(Exception):
     def __init__(self, reason: str, remedy: str = "", got: str = ""):
         """`remedy` is what to do where this holds for all rows, `got` what is there instead."""
         super().__init__(reason)
-        self.reason, self.remedy, self.got = reason, remedy, got
+        self.reason, self.remedy, self.shown = reason, remedy, got and f": {got}"

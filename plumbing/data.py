@@ -25,11 +25,10 @@ from plumbing.encode import (
     prompt_length,
     rendered,
     special_token,
-    texts_of,
 )
 from plumbing.pictures import NO_IMAGE, as_seen, columns_of_pictures, undecoded
 from plumbing.rollout import Prompt
-from plumbing.rows import MORE_MARKS, listed, read_row
+from plumbing.rows import MORE_MARKS, read_row
 from worlds import cards, staircase
 
 COLUMNS = {"prompt": "problem", "images": "images", "answer": "answer", "choices": ""}  # geometry3k
@@ -40,7 +39,7 @@ HUB_COLUMNS = {  # of data sets on the hub that name them differently
 }
 HUB_CONFIGS = {"open-r1/DAPO-Math-17k-Processed": "en"}  # of data sets that have several
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-LONGEST_TOKEN = 128  # characters; a text of more than so many per token is not worth a count
+LONGEST_TOKEN = 128  # characters, in Qwen's vocabulary
 MAX_SHOWN = 1200  # characters of the prompt that is shown at the start
 
 
@@ -57,8 +56,6 @@ class PromptSet:
     make: Callable[[str, object], Prompt]  # (id, row) -> prompt; raises Unusable
     kept: Sequence[int]  # the numbers of the rows that are asked
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> number of rows
-    examples: dict[str, str] = field(default_factory=dict)  # reason -> the first of them
-    pictured: int = 0  # prompts with images
     parts: Sequence[str] = ()  # of a world that has several: the part of each row
     replaced: set[int] = field(default_factory=set)  # rows whose pixels are broken, so far
 
@@ -73,7 +70,7 @@ class PromptSet:
                 if row not in self.replaced:
                     self.replaced.add(row)
                     tqdm.write(
-                        f"{self.fingerprint}:{row} cannot be read ({error.got or error}); the next "
+                        f"{self.fingerprint}:{row} cannot be read ({error}{error.shown}); the next "
                         f"row is asked instead. So far {len(self.replaced)} of {len(self)}"
                     )
         raise UsageError(f"{self.fingerprint}: no row can be read")
@@ -90,22 +87,17 @@ def load_prompts(config) -> tuple[PromptSet, PromptSet]:
 def _load_prompts(
     dataset: str, world: int, columns: str, eval_prompts: int, max_tokens: int, model: str
 ):
+    parts = load_tokenizer(model), *image_parts(model)
     if world:
-        train, tokenizer = world_prompts(dataset, world, "train"), load_tokenizer(model)
+        train = world_prompts(dataset, world, "train")
         sets = train, world_prompts(dataset, world, "held_out", eval_prompts)
+        tqdm.write(f"{dataset}: {len(train)} training prompts, {len(sets[1])} held out, by picture")
     else:
-        parts = tokenizer, *_ = load_tokenizer(model), *image_parts(model)
         sets = dataset_prompts(dataset, columns, eval_prompts, max_tokens, parts)
-    for name, prompts in zip(("training", "held-out"), sets):
-        line = f"{dataset}: {len(prompts)} {name} prompts, {prompts.pictured} with pictures"
-        tqdm.write(
-            line + (f"; {counts(prompts.dropped, prompts.examples)}" if prompts.dropped else "")
-        )
-    first = sets[0][0]
-    text = rendered(first.messages, tokenizer)
+    text, gold = rendered(sets[0][0].messages, parts[0]), sets[0][0].gold
     if len(text) > MAX_SHOWN:
         text = f"{text[: MAX_SHOWN // 2]} […] {text[-MAX_SHOWN // 2 :]}"
-    tqdm.write(f"{dataset}: the first prompt, as it is sent: {text!r}, with gold {first.gold!r}")
+    tqdm.write(f"{dataset}: the first prompt, as it is sent: {text!r}; its gold: {gold!r}")
     return sets
 
 
@@ -126,8 +118,7 @@ def world_prompts(name: str, borrows: int, split: str, count: int | None = None)
 
     asked = ((world.question(hand), hand.digits) for hand in hands)
     id = f"{name}-{split}-{fingerprint(asked)}"
-    rows = range(len(hands))
-    return PromptSet(id, hands, make, rows, parts=parts, pictured=len(hands))
+    return PromptSet(id, hands, make, range(len(hands)), parts=parts)
 
 
 def dataset_prompts(
@@ -160,21 +151,24 @@ def dataset_prompts(
             messages, images, gold, choices = read_row(row, names, folder, kind)
         except Unusable as error:
             raise UsageError(
-                f"{dataset}: {id} has changed since the start ({error}: {error.got})"
+                f"{dataset}: {id} has changed since the start ({error}{error.shown})"
             ) from error
         return Prompt(id, messages, [as_seen(image) for image in images], gold, choices)
 
-    def check(row: dict) -> int:
+    def check(row: dict) -> tuple[int, str]:
         return check_row(row, names, folder, kind, max_tokens, parts)
 
-    sets = []
-    for rows in (range(cut), range(cut, len(data))):
+    sets, keys = [], []
+    for name, rows in (("training", range(cut)), ("held-out", range(cut, len(data)))):
         some = data.select(rows)
-        name = f"{Path(dataset).name}-{fingerprint(zip(*(some[column] for column in asked)))}"
-        kept, *found = check_rows(dataset, zip(rows, some), check)
-        sets.append(PromptSet(name, data, make, kept, *found))
-    if same := in_both(data, *sets, asked, names["images"]):
-        tqdm.write(f"{dataset}: {same} of the held-out prompts are training prompts, too")
+        kept, dropped, found = check_rows(f"{dataset}, {name}", zip(rows, some), check)
+        id = f"{Path(dataset).name}-{fingerprint(zip(*(some[column] for column in asked)))}"
+        sets.append(PromptSet(id, data, make, kept, dropped))
+        keys.append(found)
+    if same := sum(key in {*keys[0]} for key in keys[1]):
+        tqdm.write(
+            f"{dataset}: {same} held-out prompts are training prompts, too, by text and gold"
+        )
     return tuple(sets)
 
 
@@ -198,58 +192,48 @@ def check_columns(dataset: str, data, columns: dict[str, str]) -> None:
             )
 
 
-def check_rows(dataset: str, rows: Iterable[tuple[int, dict]], check: Callable) -> tuple:
-    """The `kept`, `dropped`, `examples` and `pictured` of a PromptSet.
+def check_rows(name: str, rows: Iterable[tuple[int, dict]], check: Callable) -> tuple:
+    """The numbers of the usable rows, how many are not, by reason, and a key of each usable one.
 
     Raises:
         UsageError: none is usable, or so many lack an image that its column must be wrong.
     """
-    kept, dropped, first, pictured = [], Counter(), {}, 0
-    for number, row in tqdm(rows, desc=f"checking {dataset}", leave=False, delay=3):
+    kept, keys, dropped, first, pictured = [], [], Counter(), {}, 0
+    for number, row in tqdm(rows, desc=f"checking {name}", leave=False, delay=3):
         try:
-            pictured += check(row) > 0
+            images, key = check(row)
+            pictured += images > 0
             kept.append(number)
+            keys.append(key)
         except Unusable as error:
             dropped[error.reason] += 1
             first.setdefault(error.reason, (number, error))
+    found = [
+        f"{count} dropped: {reason} (row {first[reason][0]}{first[reason][1].shown})"
+        for reason, count in dropped.items()
+    ]
     total = len(kept) + dropped.total()
-    examples = {r: f"row {n}" + (e.got and f": {e.got}") for r, (n, e) in first.items()}
     blind = [] if pictured else [r for r in (NO_IMAGE, MORE_MARKS) if r in dropped]
     if sum(dropped[reason] for reason in blind) > total // 10 or not kept:
         worst = max(blind or dropped, key=dropped.get)
-        raise UsageError(
-            f"{dataset}: {total} rows, {counts(dropped, examples)}; {first[worst][1].remedy}"
-        )
-    return kept, dict(dropped), examples, pictured
+        raise UsageError(f"{name}: {total} rows, {', '.join(found)}; {first[worst][1].remedy}")
+    tqdm.write(", ".join([f"{name}: {len(kept)} prompts, {pictured} with pictures", *found]))
+    return kept, dict(dropped), keys
 
 
-def in_both(data, train: PromptSet, held_out: PromptSet, asked: list[str], images: str) -> int:
-    """How many held-out prompts are training prompts, too: in texts, gold and pictures."""
-    texts = [repr(row) for row in zip(*(data[column] for column in asked))]
-    alike, same = {}, set()
-    for row in held_out.kept:
-        alike.setdefault(texts[row], []).append(row)
-
-    def pictures(row: int) -> list:
-        stored = listed(data[row].get(images))
-        return [(one["bytes"] or one["path"]) if isinstance(one, dict) else one for one in stored]
-
-    for row in train.kept:
-        same |= {one for one in alike.get(texts[row], ()) if pictures(one) == pictures(row)}
-    return len(same)
-
-
-def check_row(row: dict, columns: dict, folder: Path, kind, max_tokens: int, parts: tuple) -> int:
-    """How many images a row has; raises Unusable."""
-    messages, images, _, _ = read_row(row, columns, folder, kind)
+def check_row(
+    row: dict, columns: dict, folder: Path, kind, max_tokens: int, parts: tuple
+) -> tuple[int, str]:
+    """How many images a row has, and what is the same for the same prompt; raises Unusable."""
+    messages, images, gold, _ = read_row(row, columns, folder, kind)
     sizes = [image.size for image in images]
     for image in images:
         image.close()
     if len(sizes) > MAX_IMAGES:
         raise Unusable(f"over {MAX_IMAGES} images", "ask about fewer")
     too_long = Unusable(f"over {max_tokens} tokens", "raise --max-prompt-tokens")
-    if sum(map(len, texts_of(messages))) > LONGEST_TOKEN * max_tokens > 0:
-        raise too_long
+    if len(rendered(messages, parts[0])) > LONGEST_TOKEN * max_tokens > 0:
+        raise too_long  # counting the tokens of 10 MB would take a minute
     if token := special_token(messages, parts[0]):
         raise Unusable("a special token of the tokenizer in its text", "remove it", got=token)
     try:
@@ -262,12 +246,7 @@ def check_row(row: dict, columns: dict, folder: Path, kind, max_tokens: int, par
         ) from error
     if length > max_tokens:
         raise too_long
-    return len(sizes)
-
-
-def counts(dropped: dict[str, int], examples: dict[str, str]) -> str:
-    """As in "12 dropped: over 4096 tokens (row 7), 3 dropped: no question (row 20)"."""
-    return ", ".join(f"{n} dropped: {why} ({examples[why]})" for why, n in dropped.items())
+    return len(sizes), fingerprint([messages, gold, sizes])
 
 
 def fingerprint(items: Iterable) -> str:
@@ -303,7 +282,7 @@ def open_dataset(name: str):
     except Exception as error:  # datasets raises a dozen types for not there, no split, no network
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         if kind:
-            reason = fault_of(name, kind) or reason
+            reason = fault_of(Path(name), reason)
             raise UsageError(f"--dataset {name}: cannot be loaded ({reason})") from error
         raise UsageError(
             f"--dataset {name}: cannot be loaded ({type(error).__name__}: {reason}); check the "
@@ -312,17 +291,17 @@ def open_dataset(name: str):
         ) from error
 
 
-def fault_of(path: str, kind: str) -> str | None:
+def fault_of(path: Path, reason: str) -> str:
     """What is wrong with a data file, where `datasets` does not say it well."""
-    content = Path(path).read_bytes()
+    content = path.read_bytes()
+    if not content.strip(b"[]{} \r\n") or "corresponds to no data" in reason:
+        return "it holds no rows"
     if is_lfs_pointer(path):
         return "it is a Git LFS pointer; fetch it by git lfs pull"
-    lines = content.splitlines() if kind == "json" else []
-    if content.lstrip().startswith(b"["):
-        lines = [content][: len(lines)]
-    for number, line in enumerate(lines, 1):
+    lines = content.splitlines() if path.suffix.startswith(".json") else []
+    for number, line in enumerate([content] if content.lstrip()[:1] == b"[" else lines, 1):
         try:
             json.loads(line.strip() or "null")
         except ValueError as error:
             return f"line {number}: {error}"
-    return None if content.strip(b"[]{} \n") and kind != "csv" else "it holds no rows"
+    return reason

@@ -129,13 +129,9 @@ def rendered(messages: list[dict], tokenizer) -> str:
 
 def special_token(messages: list[dict], tokenizer) -> str | None:
     """One in a text, where it could end a turn or stand for a picture; the template has its own."""
+    texts = [part.get("text", "") for message in messages for part in message["content"]]
     tokens = filter(str.strip, tokenizer.get_added_vocab())
-    texts = texts_of(messages)
     return next((token for token in tokens if any(token in text for text in texts)), None)
-
-
-def texts_of(messages: list[dict]) -> list[str]:
-    return [part.get("text", "") for message in messages for part in message["content"]]
 
 
 def placeholder_ids(prompt: Prompt, tokenizer, image_token_id: int) -> list[int]:
