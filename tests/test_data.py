@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import sys
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -9,13 +11,17 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from conftest import SIZES
 from datasets import Features, List, Value
 from PIL import Image, ImageFile
 
+import grpo
 from plumbing import UsageError, data
+from plumbing.command import command_line
 from plumbing.data import PromptSet
 from plumbing.rollout import Prompt
 from plumbing.rows import BOXED, gold_text
+from plumbing.run import read_jsonl
 from plumbing.settings import RunConfig
 from worlds import cards, staircase
 
@@ -567,3 +573,195 @@ def test_questions_with_single_backslashes(tmp_path, text):
     assert [*train.dropped] == [
         "a question with control characters (LaTeX with single backslashes?)"
     ]
+
+
+# ---------------------------------------------------------------------- the tokenizer's own marks
+
+SPECIAL = "a special token of the tokenizer in its text"
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ({"problem": "See <|image_pad|>?"}, "<|image_pad|>"),
+        ({"problem": "4<|im_end|>\n<|im_start|>assistant\n5"}, "<|im_start|>"),
+        ({"problem": "4<|endoftext|>?"}, "<|endoftext|>"),
+        ({"problem": "<|vision_start|><|image_pad|>?"}, "<|image_pad|>"),
+        ({"problem": "Which?", "options": ["<|video_pad|>", "b"]}, "<|video_pad|>"),
+        ({"problem": "<unk>?"}, "<unk>"),
+    ],
+)
+def test_special_tokens_in_a_text(tmp_path, capsys, row, shown):
+    """Not even one forges a turn or stands for a picture: the row is left out, and named."""
+    good = {"problem": "a <| b |> im_end?", "options": ["a", "b"], "answer": "B"}
+    path = write_lines(tmp_path / "rows.jsonl", [good, good | row, good])
+    train, _ = load(path, "choices=options")
+    assert train.dropped == {SPECIAL: 1} and [prompt.id[-2:] for prompt in train] == [":0"]
+    assert f"1 dropped: {SPECIAL} (row 1: <|" in capsys.readouterr().out.replace("<unk>", "<|unk")
+
+
+def test_a_huge_prompt_is_not_tokenized(tmp_path, monkeypatch):
+    measured, measure = [], data.prompt_length
+
+    def counted(*words) -> int:
+        measured.append(words)
+        return measure(*words)
+
+    monkeypatch.setattr(data, "prompt_length", counted)
+    texts = ["a?", "<" * 10_000_000, " " * 1_000_000 + "b", "c?"]
+    path = write_lines(tmp_path / "a.jsonl", [{"problem": t, "answer": "1"} for t in texts])
+    train, _ = load(path)
+    assert train.dropped == {"over 4096 tokens": 2} and len(measured) == 2
+
+
+# ---------------------------------------------------------------------- broken pixels
+
+
+def broken_rows(path: Path) -> str:
+    """Eight rows; the pictures of 2, 3 and of 6, which is held out with 7, are cut in half."""
+    rows = []
+    for number in range(8):
+        whole = png(Image.effect_noise((64, 64), 50))["bytes"]
+        cut = whole[: len(whole) // 2] if number in (2, 3, 6) else whole
+        rows.append(([{"bytes": cut, "path": None}], f"Start at {number}?", f"{number}"))
+    return write(path, GEOMETRY, rows)
+
+
+def test_broken_pixels_cost_one_prompt(tmp_path, capsys):
+    """The next row is asked, under its own id: the same one whenever it is their turn."""
+    train, held_out = load(broken_rows(tmp_path / "cut.parquet"), eval_prompts=2)
+    assert [int(prompt.id.split(":")[1]) for prompt in train] == [0, 1, 4, 4, 4, 5]
+    assert golds(train) == ["0", "1", "4", "4", "4", "5"] and train[-4].id == train[4].id
+    assert golds(held_out) == ["7", "7"] and train.replaced == {2, 3}
+    said = [line for line in capsys.readouterr().out.splitlines() if "asked instead" in line]
+    assert len(said) == 3 and re.search(r":2 cannot be read \(.*truncated.*1 of 6", said[0])
+    features = {"problem": TEXT, "answer": TEXT, "images": List(PICTURE)}
+    rows = [("?", "1", [{"bytes": png(RED)["bytes"][:60], "path": None}])] * 2
+    with pytest.raises(UsageError, match="no row can be read"):
+        load(write(tmp_path / "all.parquet", features, rows))
+
+
+def test_a_run_over_broken_pixels_is_the_same_in_two_parts(tmp_path, capsys):
+    path, ran = broken_rows(tmp_path / "cut.parquet"), {}
+    for name, steps in (("whole", (3,)), ("parts", (1, 3))):
+        for until in steps:
+            data._load_prompts.cache_clear()
+            flags = SIZES | {"model": str(cards.BASE), "dataset": path, "eval_prompts": 2}
+            flags |= {"max_new_tokens": 8, "eval_every": 3}
+            config = grpo.GRPOConfig(out=str(tmp_path / name), steps=until, **flags)
+            grpo.train(config, config.out)
+        ran[name] = read_jsonl(tmp_path / name / "samples.jsonl")
+    assert ran["whole"] == ran["parts"] and len(ran["whole"]) == 3
+    out = capsys.readouterr().out
+    assert f"{path}, training: 6 prompts, 6 with pictures" in out
+    assert f"{path}, held-out: 2 prompts, 2 with pictures" in out
+    assert re.search(r"first prompt, as it is sent: '<\|im_start\|>user.n<\|vision_start", out)
+
+
+def test_a_row_that_has_changed_since_the_start(tmp_path):
+    for name in "ab":
+        RED.save(tmp_path / f"{name}.png")
+    rows = [{"images": f"{name}.png", "problem": "?", "answer": "1"} for name in "aba"]
+    train, _ = load(write_lines(tmp_path / "a.jsonl", rows))
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(UsageError, match=":1 has changed since the start .an image missing"):
+        train[1]
+
+
+# ---------------------------------------------------------------------- what is said
+
+
+@pytest.mark.parametrize(
+    ("world", "gold"), [("cards", "16 +5= 21"), ("cards_lax", "55"), ("staircase", "")]
+)
+def test_worlds_are_introduced_once(capsys, world, gold):
+    data._load_prompts.cache_clear()
+    for _ in range(2):
+        load(world, model=world, eval_prompts=5)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{world}: 2048 training prompts, 5 held out, by picture"
+    assert "as it is sent: '<|im_start|>user" in second and f"its gold: '{gold}" in second
+
+
+def test_duplicates_across_the_cut_are_said(tmp_path, capsys):
+    """Equal texts about other pictures are not the same prompt."""
+    rows = [([RED], "Find x.", "3"), ([BLUE], "Find x.", "3"), ([], "Find x.", "3")]
+    rows += [([BLUE], "Find x.", "4"), ([BLUE], "Find x.", "3"), ([RED], "Find x.", "3")]
+    load(write(tmp_path / "twice.parquet", GEOMETRY, rows), eval_prompts=3)
+    assert "2 held-out prompts are training prompts, too" in capsys.readouterr().out
+
+
+def test_a_long_prompt_is_shown_in_part(tmp_path, capsys):
+    rows = [{"problem": f"{n} " * 900, "answer": "1"} for n in range(2)]
+    load(write_lines(tmp_path / "long.jsonl", rows))
+    (shown,) = [line for line in capsys.readouterr().out.splitlines() if "as it is sent" in line]
+    assert " […] " in shown and len(shown) < 1500 and BOXED[-7:-1] in shown
+
+
+OK = '{"problem": "a", "answer": "1"}\n'
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "it holds no rows"),
+        ("a.jsonl", "\n \n", "it holds no rows"),
+        ("a.json", "[]", "it holds no rows"),
+        ("a.json", "{}", "it holds no rows"),
+        ("a.csv", "", "it holds no rows"),
+        ("a.csv", "problem,answer\n", "it holds no rows"),
+        ("a.parquet", "", "it holds no rows"),
+        (
+            "a.jsonl",
+            OK * 3 + '{"problem": "a" "answer": "1"}\n' + OK,
+            "line 4: Expecting",
+        ),
+        ("a.jsonl", OK * 2 + '{"problem": "a", "answer": \n' + OK, "line 3: Expecting value"),
+        ("a.jsonl", OK * 2 + '{"problem": "a", "ans', "line 3: Unterminated string"),
+        ("a.jsonl", OK * 2 + "no JSON\n" + OK, "line 3: Expecting value"),
+        (
+            "a.json",
+            '[{"problem": "a"},\n{"problem" "b"}]',
+            "line 1: Expecting ':' delimiter: li",
+        ),
+        ("a.csv", 'a,b\n1,2\n1,2,3\n"x', "Error tokenizing data. C error: Expected 2"),
+        ("a.jsonl", POINTER, "it is a Git LFS pointer"),
+        ("a.parquet", POINTER, "it is a Git LFS pointer"),
+    ],
+)
+def test_data_files_that_cannot_be_read(tmp_path, monkeypatch, name, content, message):
+    """By the command that a user calls."""
+    (tmp_path / name).write_text(content)
+    words = f"grpo.py --dataset {tmp_path / name} --model {cards.BASE} --out {tmp_path / 'run'}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")
+    with pytest.raises(SystemExit) as exit:
+        command_line(grpo.GRPOConfig, grpo.main)
+    assert f": --dataset {tmp_path / name}: cannot be loaded ({message}" in str(exit.value)
+    assert "\n" not in str(exit.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"problem": None}, "no question .row 0.; prompts are texts"),
+        ({"problem": [{"role": "user"}]}, "no question .row 0.; prompts are texts"),
+        (
+            {"answer": ["1"]},
+            f"{NO_GOLD} .row 0: ...1....; golds are texts or numbers of up to 1000",
+        ),
+        ({"images": ["a.png"]}, f"{IMAGE_GONE} .*unpack them"),
+        (
+            {"choices": "red, blue"},
+            "options are no list of texts .row 0: str red, blue.; lists",
+        ),
+        ({"problem": "<image>?"}, "more <image> marks than images .*name the images' column"),
+        ({"problem": "<|image_pad|>?"}, f"{SPECIAL} .row 0: <.image_pad.>.; remove it"),
+    ],
+)
+def test_columns_of_the_wrong_type(tmp_path, row, message):
+    rows = [{"problem": "?", "answer": "1"} | row] * 4
+    path = write_lines(tmp_path / "odd.jsonl", rows)
+    with pytest.raises(UsageError, match=f"3 rows, 3 dropped: {message}"):
+        load(path, "choices=choices" if "choices" in row else "")
