@@ -27,7 +27,8 @@ class UsageError(Exception):
 class Unusable(Exception):
     """A row of a data set that cannot be asked or judged."""
 
-    def __init__(self, reason: str, remedy: str = "", got: str = ""):
+    def __init__(self, reason: str, remedy: str = "", got=None):
         """`remedy` is what to do where this holds for all rows, `got` what is there instead."""
         super().__init__(reason)
-        self.reason, self.remedy, self.shown = reason, remedy, got and f": {got}"
+        self.reason, self.remedy = reason, remedy
+        self.shown = "" if got is None else f": {type(got).__name__} {str(got)[:60]!r}"

@@ -63,15 +63,17 @@ class PromptSet:
         return len(self.kept)
 
     def __getitem__(self, place: int) -> Prompt:
-        for row in (self.kept[place], *self.kept[place + 1 :], *self.kept[:place]):
+        first = range(len(self))[place]  # IndexError behind the last, which ends a loop
+        for step in range(len(self)):
+            row = self.kept[(first + step) % len(self)]
             try:
                 return self.make(f"{self.fingerprint}:{row}", self.rows[row])
             except Unusable as error:
                 if row not in self.replaced:
                     self.replaced.add(row)
                     tqdm.write(
-                        f"{self.fingerprint}:{row} cannot be read ({error}{error.shown}); the next "
-                        f"row is asked instead. So far {len(self.replaced)} of {len(self)}"
+                        f"{self.fingerprint}:{row} is left out ({error}{error.shown}), the next "
+                        f"row asked in its place; so far {len(self.replaced)} of {len(self)}"
                     )
         raise UsageError(f"{self.fingerprint}: no row can be read")
 
@@ -87,17 +89,20 @@ def load_prompts(config) -> tuple[PromptSet, PromptSet]:
 def _load_prompts(
     dataset: str, world: int, columns: str, eval_prompts: int, max_tokens: int, model: str
 ):
-    parts = load_tokenizer(model), *image_parts(model)
+    tokenizer = load_tokenizer(model)
     if world:
         train = world_prompts(dataset, world, "train")
         sets = train, world_prompts(dataset, world, "held_out", eval_prompts)
-        tqdm.write(f"{dataset}: {len(train)} training prompts, {len(sets[1])} held out, by picture")
+        sizes = f"{len(train)} training and {len(sets[1])} held-out prompts"
+        tqdm.write(f"{dataset}: {sizes}, each with a picture")
     else:
+        parts = tokenizer, *image_parts(model)
         sets = dataset_prompts(dataset, columns, eval_prompts, max_tokens, parts)
-    text, gold = rendered(sets[0][0].messages, parts[0]), sets[0][0].gold
+    first = sets[0][0]
+    text = rendered(first.messages, tokenizer)
     if len(text) > MAX_SHOWN:
         text = f"{text[: MAX_SHOWN // 2]} […] {text[-MAX_SHOWN // 2 :]}"
-    tqdm.write(f"{dataset}: the first prompt, as it is sent: {text!r}; its gold: {gold!r}")
+    tqdm.write(f"{dataset}: the first prompt, as it is sent: {text!r}; its gold: {first.gold!r}")
     return sets
 
 
@@ -165,7 +170,8 @@ def dataset_prompts(
         id = f"{Path(dataset).name}-{fingerprint(zip(*(some[column] for column in asked)))}"
         sets.append(PromptSet(id, data, make, kept, dropped))
         keys.append(found)
-    if same := sum(key in {*keys[0]} for key in keys[1]):
+    trained = set(keys[0])
+    if same := sum(key in trained for key in keys[1]):
         tqdm.write(
             f"{dataset}: {same} held-out prompts are training prompts, too, by text and gold"
         )
@@ -232,7 +238,8 @@ def check_row(
     if len(sizes) > MAX_IMAGES:
         raise Unusable(f"over {MAX_IMAGES} images", "ask about fewer")
     too_long = Unusable(f"over {max_tokens} tokens", "raise --max-prompt-tokens")
-    if len(rendered(messages, parts[0])) > LONGEST_TOKEN * max_tokens > 0:
+    characters = sum(len(part.get("text", "")) for part in messages[0]["content"])
+    if characters > LONGEST_TOKEN * max_tokens > 0:
         raise too_long  # counting the tokens of 10 MB would take a minute
     if token := special_token(messages, parts[0]):
         raise Unusable("a special token of the tokenizer in its text", "remove it", got=token)
@@ -242,7 +249,7 @@ def check_row(
         raise Unusable(
             "a chat template that does not show its pictures",
             "copy chat_template.jinja of the base model",
-            got=str(error),
+            got=error,
         ) from error
     if length > max_tokens:
         raise too_long
@@ -297,7 +304,7 @@ def fault_of(path: Path, reason: str) -> str:
     if not content.strip(b"[]{} \r\n") or "corresponds to no data" in reason:
         return "it holds no rows"
     if is_lfs_pointer(path):
-        return "it is a Git LFS pointer; fetch it by git lfs pull"
+        return "it is a Git LFS pointer; git lfs pull brings it"
     lines = content.splitlines() if path.suffix.startswith(".json") else []
     for number, line in enumerate([content] if content.lstrip()[:1] == b"[" else lines, 1):
         try:

@@ -21,17 +21,8 @@ def load_tokenizer(path: str | Path):
         raise UsageError(
             f"model {path}: there is no such folder; give a hub id or a save_pretrained folder"
         )
-    files = {file.name for file in Path(path).iterdir()} if Path(path).is_dir() else None
-    for name in filter(MODEL_FILE.fullmatch, sorted(files or ())):
-        if is_lfs_pointer(Path(path) / name):
-            raise UsageError(f"model {path}: {name} is a Git LFS pointer; fetch it by git lfs pull")
-    if files and not (
-        "tokenizer_config.json" in files and files & {"tokenizer.json", "vocab.json"}
-    ):
-        raise UsageError(
-            f"model {path}: no tokenizer; copy tokenizer_config.json and tokenizer.json of its "
-            "base model there, or give a hub id or a save_pretrained folder"
-        )
+    if Path(path).is_dir():
+        check_files(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise a dozen types
@@ -44,6 +35,19 @@ def load_tokenizer(path: str | Path):
             f"model {path}: no chat template; copy chat_template.jinja of its base model there"
         )
     return tokenizer
+
+
+def check_files(folder: Path) -> None:
+    """UsageError if a model's folder has no tokenizer, or Git LFS has not brought its files."""
+    files = {file.name for file in folder.iterdir() if file.is_file()}
+    for name in filter(MODEL_FILE.fullmatch, sorted(files)):
+        if is_lfs_pointer(folder / name):
+            raise UsageError(f"model {folder}: {name} is a Git LFS pointer; git lfs pull brings it")
+    if not (files & {"tokenizer.json", "vocab.json"} and "tokenizer_config.json" in files):
+        raise UsageError(
+            f"model {folder}: no tokenizer; copy tokenizer_config.json and tokenizer.json of its "
+            "base model there, or give a hub id or a save_pretrained folder"
+        )
 
 
 def is_lfs_pointer(path: str | Path) -> bool:

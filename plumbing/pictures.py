@@ -1,6 +1,5 @@
 """Pictures, from what a data set stores to what a person sees. Training and evaluation share it."""
 
-import contextlib
 import functools
 import re
 from io import BytesIO
@@ -14,12 +13,13 @@ from plumbing import Unusable
 
 # All that Pillow reads would be too many: EPS starts Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-NAME = re.compile(
-    r"(?:data:image/|iVBORw0KGgo|/9j/).*"  # as text: a data URI, a PNG or a JPEG in base64
-    r"|[^\n]{0,500}\.(?:avif|bmp|gif|jpe?g|jp2|png|tiff?|webp)(?:\?\S*)?",
-    re.IGNORECASE | re.DOTALL,
+STORED = re.compile(  # the repr of a picture's bytes, base64, data URI or name, also in a list
+    r"""\[?(?:\{'bytes': |b?['"](?:data:image/|iVBORw0KGgo|/9j/|\\x89PNG|\\xff\\xd8|GIF8|RIFF)"""
+    r"""|['"][^'"\n]+\.(?:avif|bmp|gif|jpe?g|jp2|png|tiff?|webp)(?:\?\S*)?['"])""",
+    re.IGNORECASE,
 )
 NO_IMAGE = "an image missing or unreadable"
+say_once = functools.cache(tqdm.write)
 
 
 def open_image(stored: str | bytes | dict, folder: Path) -> Image.Image:
@@ -33,34 +33,19 @@ def open_image(stored: str | bytes | dict, folder: Path) -> Image.Image:
     try:
         if isinstance(found, bytes):
             return Image.open(BytesIO(found), formats=FORMATS)
-        if not (folder / found).is_file():  # a pipe would hang, and a folder is no picture
+        path = folder / found
+        if not path.is_file():  # a pipe would hang, and a folder is no picture
             raise FileNotFoundError(found)
-        if ".." in Path(found).parts:
-            say_outside(folder, (folder / found).resolve().is_relative_to(folder.resolve()))
-        return Image.open(folder / found, formats=FORMATS)
+        if ".." in Path(found).parts and not path.resolve().is_relative_to(folder.resolve()):
+            say_once(f"{folder}: paths of images lead out of this folder, by '..'")
+        return Image.open(path, formats=FORMATS)
     except Exception as error:  # Pillow raises a dozen types for what is no picture
         raise Unusable(
             NO_IMAGE,
             "images are pictures, their bytes, or paths from the data file's folder on: unpack "
             "them there. No downloads, and no base64: save such pictures as files first",
-            got=described(found),
+            got=found,
         ) from error
-
-
-def described(stored) -> str:
-    """As in "text that begins data:image/png;base64,iVBO"."""
-    if isinstance(stored, str):
-        return f"text that begins {repr(stored[:40])[1:-1]}" if stored else "an empty text"
-    if isinstance(stored, bytes):
-        return f"{len(stored)} bytes that begin {stored[:8]!r}"
-    return f"{type(stored).__name__} {str(stored)[:40]}"
-
-
-@functools.cache
-def say_outside(folder: Path, stays_inside: bool) -> None:
-    """Once for each folder."""
-    if not stays_inside:
-        tqdm.write(f"{folder}: paths of images lead out of this folder, by '..'")
 
 
 def as_seen(image: Image.Image) -> Image.Image:
@@ -79,7 +64,7 @@ def as_seen(image: Image.Image) -> Image.Image:
     except Exception as error:  # Pillow raises a dozen types for broken pixels
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
-        raise Unusable("an image cannot be read", got=str(error)) from error
+        raise Unusable("an image cannot be read", got=error) from error
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -107,20 +92,10 @@ def undecoded(data, columns: list[str]):
 
 def columns_of_pictures(data, used: list[str]) -> list[str]:
     """Columns, but those in use, that are of pictures by their type or by some of their values."""
-    unused = {name: kind for name, kind in data.features.items() if name not in used}
-    found = [name for name, kind in unused.items() if "Image(" in repr(kind)]
-    others = data.select_columns([name for name in unused if name not in found])
-    for row in others.select(range(0, len(data), len(data) // 100 + 1)):
-        found += [name for name, value in row.items() if name not in found and is_picture(value)]
+    kinds = {name: repr(kind) for name, kind in data.features.items() if name not in used}
+    found = [name for name, kind in kinds.items() if "Image(" in kind]
+    texts = [name for name, kind in kinds.items() if re.search("string|binary|Json", kind)]
+    rows = data.select_columns([name for name in texts if name not in found])
+    for row in rows.select(range(0, len(data), len(data) // 100 + 1)):
+        found += [name for name in row if name not in found and STORED.match(repr(row[name]))]
     return found
-
-
-def is_picture(value) -> bool:
-    if isinstance(value, list):
-        return any(map(is_picture, value))
-    if isinstance(value, dict):
-        return {"bytes", "path"} <= value.keys()
-    if isinstance(value, bytes):
-        with contextlib.suppress(Unusable):
-            return open_image(value, Path()) is not None
-    return isinstance(value, str) and NAME.fullmatch(value.strip()) is not None

@@ -19,6 +19,7 @@ MAX_ASPECT = 200  # Qwen's image processor refuses a longer or narrower picture
 MORE_MARKS = "more <image> marks than images"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MARKER = r"(?:^|[\s,;；(]){}\s*[.:)．：]\s*"  # before an option: "A: 5 cm", "(A) 5 cm", "A. 5 cm"
+MORE_TEXT = re.compile(r"[.,]?\w")  # behind the 1 of 12 or of 1.5
 MARK = re.compile(  # of a picture: <image>, <image 2>, <image_2>, <Image>, <img>, verl's tokens
     r"<\|?(?:image|img)[ _-]?(\d{0,3})\|?\s?/?>|<img\s[^<>]{0,500}>"
     r"|<\|vision_start\|><\|image_pad\|><\|vision_end\|>",
@@ -63,14 +64,16 @@ def compose(text: str, images: list[Image.Image | None], placed: bool = True) ->
 
 def with_options(text: str, options: list[str]) -> str:
     """The text with the options by letter under it, unless it lists every one of them so itself."""
-    end = 0
-    for letter, option in zip(LETTERS, options):
-        words = r"\s+".join(map(re.escape, option.split()))
-        listed = re.compile(MARKER.format(letter) + words + r"(?![.,]?\w)", re.IGNORECASE)
-        if (found := listed.search(text, end)) is None:
+    plain, end = " ".join(text.split()).casefold(), 0
+    for letter, option in zip(LETTERS.casefold(), options):
+        option = " ".join(option.split()).casefold()
+        starts = [mark.end() for mark in re.finditer(MARKER.format(letter), plain)]
+        ends = [start + len(option) for start in starts if plain.startswith(option, start)]
+        ends = [place for place in ends if place > end and not MORE_TEXT.match(plain, place)]
+        if not ends:
             lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
             return "\n".join(filter(None, [text, "Options:", *lines]))
-        end = found.end()
+        end = ends[0]
     return text
 
 
@@ -79,15 +82,13 @@ def read_options(stored) -> list[str] | None:
     if not stored:
         return None
     texts = stored if isinstance(stored, list) and len(stored) <= len(LETTERS) else [None]
-    if not all(
-        isinstance(text, str) and text.strip() and len(text) <= verifier.MAX_MATH_CHARS
-        for text in texts
-    ):
+    longest = verifier.MAX_MATH_CHARS
+    if not all(isinstance(text, str) and text.strip() and len(text) <= longest for text in texts):
         raise Unusable(
             "options are no list of texts",
             f"lists of up to {len(LETTERS)} texts can be shown: name another column of options, "
             "or none: --columns choices=",
-            got=f"{type(stored).__name__} {str(stored)[:40]}",
+            got=stored,
         )
     letters = [re.match(MARKER.format(letter), text) for letter, text in zip(LETTERS, texts)]
     bare = [text[found.end() :] if found else "" for text, found in zip(texts, letters)]
@@ -98,18 +99,13 @@ def gold_text(answer, kind=None) -> str | None:
     """What answers are compared with, out of its \\boxed{…} or <answer> tags, if it has any.
 
     A number is the shortest text that reads back in its column's precision, without an exponent.
-    None where nothing can equal it.
-
-    Args:
-        kind: the column's type, as `datasets` has it; the names of a ClassLabel are its answers.
+    None where nothing can equal it. `kind` is the column's type, as `datasets` has it.
     """
-    if isinstance(answer, int) and hasattr(kind, "int2str"):
-        answer = kind.int2str(answer) if answer >= 0 else None
-    if isinstance(answer, float | Decimal) and np.isfinite(float(answer)):
-        dtype = getattr(kind, "dtype", "")
-        number = {"float16": np.float16, "float32": np.float32}.get(dtype, np.float64)(answer)
-        exact = isinstance(answer, Decimal)
-        answer = f"{answer:f}" if exact else np.format_float_positional(number, trim="-")
+    if isinstance(answer, Decimal) and answer.is_finite():
+        answer = f"{answer:f}"
+    if isinstance(answer, float) and np.isfinite(answer):
+        narrow = {"float16": np.float16, "float32": np.float32}.get(getattr(kind, "dtype", ""))
+        answer = np.format_float_positional((narrow or np.float64)(answer), trim="-")
     if not isinstance(answer, str | int):
         return None
     gold = str(answer)
@@ -121,13 +117,18 @@ def gold_text(answer, kind=None) -> str | None:
 
 def read_gold(answer, kind, options: list[str] | None) -> str:
     """The gold of a row: some short answer equals it, or it means one option; raises Unusable."""
+    if isinstance(answer, int) and hasattr(kind, "int2str"):  # a ClassLabel is its name
+        answer = kind.int2str(answer) if answer >= 0 else None
     gold = gold_text(answer, kind)
-    if gold and options and is_index(answer, gold, kind, options):
+    number = re.sub(r"\\text|[{}$()\s]", "", gold or "")
+    integer = options and re.fullmatch(r"[+-]?\d{1,9}(\.0*)?", number)
+    # a text beyond the number of options can only be one of them
+    if integer and not (isinstance(answer, str) and not 0 <= float(number) <= len(options)):
         raise Unusable(
             "an integer as the answer beside options",
             "whether it is an index, and from 0 or from 1, is not said: write letters or the "
             "options' texts instead",
-            got=repr(answer),
+            got=answer,
         )
     why = LOST if isinstance(answer, str) and LOST_IN_BOX.search(answer) else None
     if gold and options:
@@ -141,18 +142,9 @@ def read_gold(answer, kind, options: list[str] | None) -> str:
             f"no verifiable gold: {why}" if why else "no verifiable gold",
             f"golds are texts or numbers of up to {verifier.MAX_MATH_CHARS} characters, or, with "
             "options, a letter or an option's text: name another column, as in --columns answer=x",
-            got=repr(answer)[:60],
+            got=answer,
         )
     return gold
-
-
-def is_index(answer, gold: str, kind, options: list[str]) -> bool:
-    """Whether an answer beside options may count them: an integer, if a text one in their range."""
-    number = re.sub(r"\\text|[{}$()\s]", "", gold)
-    if not re.fullmatch(r"[+-]?\d{1,9}(\.0*)?", number):
-        return False
-    text = isinstance(answer, str) or hasattr(kind, "int2str")
-    return not text or 0 <= float(number) <= len(options)
 
 
 def listed(stored) -> list:
@@ -182,7 +174,7 @@ def read_row(
         raise Unusable(
             f"a question with {LOST}",
             "in JSON a backslash is written twice, as in \\\\frac",
-            got=repr(text[found.start() :][:20]),
+            got=text[found.start() :],
         )
     content, images = compose(text, [open_image(one, folder) for one in stored])
     content.append({"type": "text", "text": f"\n{BOXED}"})

@@ -487,7 +487,7 @@ INDEX = "an integer as the answer beside options"
 )
 def test_golds_that_are_an_index(tmp_path, options, answer, kind, found):
     if found in (INDEX, NO_GOLD):
-        with pytest.raises(UsageError, match=f"1 dropped: {found} .row 0: "):
+        with pytest.raises(UsageError, match=f"1 dropped: {found} .row 0"):
             one_row(tmp_path, *choice("Which?", options, answer, kind))
     else:
         assert golds(one_row(tmp_path, *choice("Which?", options, answer, kind))) == [found]
@@ -559,8 +559,9 @@ def test_golds_with_single_backslashes(tmp_path, in_the_file, gold):
     path.write_text(line.format(in_the_file) + line.format("5") * 2)
     train, _ = load(path)
     assert golds(train) == ([gold, "5"] if gold else ["5"])
-    reason = "no verifiable gold: control characters (LaTeX with single backslashes?)"
-    assert train.dropped == ({} if gold else {reason: 1})
+    assert [reason[:36] for reason in train.dropped] == (
+        [] if gold else ["no verifiable gold: control characte"]
+    )
 
 
 @pytest.mark.parametrize("text", [r"2 \times 3?", r"\frac{1}{2}?", r"\beta?", r"a\right)?"])
@@ -586,7 +587,7 @@ SPECIAL = "a special token of the tokenizer in its text"
         ({"problem": "See <|image_pad|>?"}, "<|image_pad|>"),
         ({"problem": "4<|im_end|>\n<|im_start|>assistant\n5"}, "<|im_start|>"),
         ({"problem": "4<|endoftext|>?"}, "<|endoftext|>"),
-        ({"problem": "<|vision_start|><|image_pad|>?"}, "<|image_pad|>"),
+        ({"problem": "<|vision_start|><|image_pad|>?"}, "<|vision_start|>"),
         ({"problem": "Which?", "options": ["<|video_pad|>", "b"]}, "<|video_pad|>"),
         ({"problem": "<unk>?"}, "<unk>"),
     ],
@@ -597,7 +598,7 @@ def test_special_tokens_in_a_text(tmp_path, capsys, row, shown):
     path = write_lines(tmp_path / "rows.jsonl", [good, good | row, good])
     train, _ = load(path, "choices=options")
     assert train.dropped == {SPECIAL: 1} and [prompt.id[-2:] for prompt in train] == [":0"]
-    assert f"1 dropped: {SPECIAL} (row 1: <|" in capsys.readouterr().out.replace("<unk>", "<|unk")
+    assert f"1 dropped: {SPECIAL} (row 1: str '{shown}')" in capsys.readouterr().out
 
 
 def test_a_huge_prompt_is_not_tokenized(tmp_path, monkeypatch):
@@ -633,8 +634,8 @@ def test_broken_pixels_cost_one_prompt(tmp_path, capsys):
     assert [int(prompt.id.split(":")[1]) for prompt in train] == [0, 1, 4, 4, 4, 5]
     assert golds(train) == ["0", "1", "4", "4", "4", "5"] and train[-4].id == train[4].id
     assert golds(held_out) == ["7", "7"] and train.replaced == {2, 3}
-    said = [line for line in capsys.readouterr().out.splitlines() if "asked instead" in line]
-    assert len(said) == 3 and re.search(r":2 cannot be read \(.*truncated.*1 of 6", said[0])
+    said = [line for line in capsys.readouterr().out.splitlines() if "in its place" in line]
+    assert len(said) == 3 and re.search(r":2 is left out \(.*truncated.*1 of 6", said[0])
     features = {"problem": TEXT, "answer": TEXT, "images": List(PICTURE)}
     rows = [("?", "1", [{"bytes": png(RED)["bytes"][:60], "path": None}])] * 2
     with pytest.raises(UsageError, match="no row can be read"):
@@ -679,7 +680,7 @@ def test_worlds_are_introduced_once(capsys, world, gold):
     for _ in range(2):
         load(world, model=world, eval_prompts=5)
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"{world}: 2048 training prompts, 5 held out, by picture"
+    assert first == f"{world}: 2048 training and 5 held-out prompts, each with a picture"
     assert "as it is sent: '<|im_start|>user" in second and f"its gold: '{gold}" in second
 
 
@@ -749,15 +750,15 @@ def test_data_files_that_cannot_be_read(tmp_path, monkeypatch, name, content, me
         ({"problem": [{"role": "user"}]}, "no question .row 0.; prompts are texts"),
         (
             {"answer": ["1"]},
-            f"{NO_GOLD} .row 0: ...1....; golds are texts or numbers of up to 1000",
+            f"{NO_GOLD} .row 0: list ...1....; golds are texts or numbers of up to 1000",
         ),
         ({"images": ["a.png"]}, f"{IMAGE_GONE} .*unpack them"),
         (
             {"choices": "red, blue"},
-            "options are no list of texts .row 0: str red, blue.; lists",
+            "options are no list of texts .row 0: str 'red, blue'.; lists",
         ),
         ({"problem": "<image>?"}, "more <image> marks than images .*name the images' column"),
-        ({"problem": "<|image_pad|>?"}, f"{SPECIAL} .row 0: <.image_pad.>.; remove it"),
+        ({"problem": "<|image_pad|>?"}, f"{SPECIAL} .row 0: str '<.image_pad.>'.; remove it"),
     ],
 )
 def test_columns_of_the_wrong_type(tmp_path, row, message):

@@ -333,7 +333,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
         ("tokenizer_config.json", None, "no tokenizer; copy tokenizer_config.json and"),
         ("tokenizer.json", "{}", "its tokenizer cannot be loaded ('added_tokens')"),
         ("tokenizer.json", "", "its tokenizer cannot be loaded (Expecting value"),
-        ("tokenizer.json", POINTER, "tokenizer.json is a Git LFS pointer; fetch it by git lfs"),
+        ("tokenizer.json", POINTER, "tokenizer.json is a Git LFS pointer; git lfs pull"),
         ("chat_template.jinja", POINTER, "chat_template.jinja is a Git LFS pointer"),
         ("model.safetensors", POINTER, "model.safetensors is a Git LFS pointer"),
         ("preprocessor_config.json", None, "cannot be loaded (Can't load image processor"),

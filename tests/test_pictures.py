@@ -155,20 +155,20 @@ def test_stored_pictures_that_are_read(tmp_path, kind, value):
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (f"data:image/png;base64,{ENCODED}", "text that begins data:image/png;base64,iVBORw0KGgo"),
-        (ENCODED, "text that begins iVBORw0KGgo"),
-        ("https://host/a.png", "text that begins https://host/a.png.; .*No downloads"),
-        ("['a.png', 'b.png']", r"text that begins \['a.png', 'b.png'\]"),
-        ("gone.png", "text that begins gone.png"),
-        ("", "an empty text"),  # no path is no picture
-        ([""], "an empty text"),
-        ("sub", "text that begins sub"),
-        ("pipe", "text that begins pipe"),
-        ("nul\0.png", r"text that begins nul\\x00.png"),
-        ("drawing.eps", "text that begins drawing.eps"),  # Ghostscript is not started
-        (5, "int 5"),
-        ([["red.png"]], r"list \['red.png'\]"),
-        ({"url": "a.png"}, "dict {'url': 'a.png'}"),
+        (f"data:image/png;base64,{ENCODED}", "str 'data:image/png;base64,iVBORw0KGgo"),
+        (ENCODED, "str 'iVBORw0KGgo"),
+        ("https://host/a.png", "str 'https://host/a.png'.; .*No downloads"),
+        ("['a.png', 'b.png']", r"""str "\['a.png', 'b.png'\]"""),
+        ("gone.png", "str 'gone.png"),
+        ("", "str ''"),  # no path is no picture
+        ([""], "str ''"),
+        ("sub", "str 'sub"),
+        ("pipe", "str 'pipe"),
+        ("nul\0.png", r"str 'nul\\x00.png"),
+        ("drawing.eps", "str 'drawing.eps"),  # Ghostscript is not started
+        (5, "int '5'"),
+        ([["red.png"]], r"""list "\['red.png'\]"""),
+        ({"url": "a.png"}, """dict "{'url': 'a.png'}"""),
     ],
 )
 def test_stored_pictures_that_are_not_read(tmp_path, value, shown):
@@ -210,11 +210,15 @@ NAMED = "pictures in {} would not be asked; name their column"
             "<image 1>?",
             NAMED.format("image_1, image_2"),
         ),
-        ({}, "Look at <image 1>", "more <image> marks than images .row 0: <image 1>.; name the"),
-        ({}, "Look at <img>", "marks than images .row 0: <img>"),
-        ({}, "Look at <Image>", "marks than images .row 0: <Image>"),
-        ({}, "Look at <img src='a.png'/>", "marks than images .row 0: <img src='a.png'/>"),
-        ({}, "Look at <image_2>", "marks than images .row 0: <image_2>"),
+        (
+            {},
+            "Look at <image 1>",
+            "more <image> marks than images .row 0: str '<image 1>'.; name the",
+        ),
+        ({}, "Look at <img>", "marks than images .row 0: str '<img>"),
+        ({}, "Look at <Image>", "marks than images .row 0: str '<Image>"),
+        ({}, "Look at <img src=a.png />", "marks than images .row 0: str '<img src=a.png />'"),
+        ({}, "Look at <image_2>", "marks than images .row 0: str '<image_2>"),
         ({"source": (TEXT, "see a.png, page 3")}, "?", None),
         ({"note": (TEXT, None), "blob": (Value("binary"), b"\0\1")}, "a < b, <i>, img?", None),
     ],
