@@ -122,6 +122,22 @@ def extract_answer(response: str | None) -> str | None:
     return answer.strip() or None
 
 
+# ---- Golds ----------------------------------------------------------------------------
+
+# JSON reads "\frac" as a form feed and "rac", "\times" as a tab and "imes"
+LOST_BACKSLASH = re.compile(
+    r"[\f\b\v\a]|\t(?=imes|heta|ext|an|au|o\b|frac|riangle)"
+    r"|\r(?=ho|ight|m\b|angle|ceil|floor)|\n(?=eq|u\b|e\b|abla|eg\b|ot\b|i\b|mid\b)"
+)
+
+
+def unanswerable(gold: str) -> str | None:
+    """Why no short answer can equal this gold; None if one can."""
+    if LOST_BACKSLASH.search(gold):
+        return "control characters (LaTeX with single backslashes?)"
+    return None
+
+
 # ---- Comparing answers ----------------------------------------------------------------
 
 LETTER = re.compile(r"(?:option\s+)?\(?([A-Z])\)?[.:]?", re.IGNORECASE)

@@ -29,11 +29,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 import verifier
-from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, Item, Unaskable, all_right, items_of
-from plumbing import UsageError, vllm_sampler
+from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, Item, all_right, items_of
+from plumbing import Unusable, UsageError, vllm_sampler
 from plumbing.checkpoints import write_aside
 from plumbing.command import command_line
 from plumbing.data import world_prompts
+from plumbing.encode import special_token
 from plumbing.lora import base_model_of
 from plumbing.model import Policy
 from plumbing.rollout import Prompt, batched
@@ -177,8 +178,11 @@ def answers(config, name: str, batch: list[Item], sampler, seed: int) -> list[di
     lines, prompts = {item.id: {"benchmark": name, "id": item.id} for item in batch}, []
     for item in batch:
         try:
-            prompts.append(item.prompt())
-        except Unaskable as error:
+            prompt = item.prompt()
+            if token := special_token(prompt.messages, sampler.tokenizer):
+                raise Unusable(f"the special token {token} in its text")
+            prompts.append(prompt)
+        except Unusable as error:
             lines[item.id]["not_asked"] = str(error)
     sampling = config.samples, config.max_new_tokens, config.temperature, seed
     for group in sampler.sample(prompts, *sampling) if prompts else []:
