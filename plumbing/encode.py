@@ -20,7 +20,7 @@ def load_tokenizer(path: str | Path):
             f"model {path}: there is no such folder; give a hub id or a save_pretrained folder"
         )
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
@@ -32,10 +32,15 @@ def load_tokenizer(path: str | Path):
 def image_parts(path: str | Path) -> tuple:
     """A model's image processor and the id of its image token; no weights are loaded."""
     try:
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # without torchvision
-        return processor, AutoConfig.from_pretrained(base_model_of(path)).image_token_id
+        # "pil" does without torchvision
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        return processor, config_of(path).image_token_id
     except (OSError, ValueError, AttributeError) as error:
         raise unloadable(path, error) from error
+
+
+def config_of(path: str | Path):
+    return AutoConfig.from_pretrained(base_model_of(path), trust_remote_code=False)
 
 
 def unloadable(path: str | Path, error: Exception) -> UsageError:
@@ -71,7 +76,7 @@ def check_start(start: str | Path, model: str | Path, lora: int = 0) -> None:
     """UsageError if a checkpoint is not one of `model`: other tokens, another size or rank."""
     found = []
     for path, rank in ((start, adapter_rank(start)), (model, adapter_rank(model) or lora)):
-        text = AutoConfig.from_pretrained(base_model_of(path)).text_config
+        text = config_of(path).text_config
         tokens = tokenizer_fingerprint(load_tokenizer(path))
         found.append((text.hidden_size, text.num_hidden_layers, tokens, rank))
     if found[0] != found[1]:

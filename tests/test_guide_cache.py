@@ -229,10 +229,13 @@ def changed(**values):
         (lambda text: text[:-40], "cut short, 4 of 5 prompts"),
         (lambda text: text[: text.rstrip().rindex("\n") + 1], "cut short, 4 of 5 prompts"),
         (lambda text: "", "is none of format version 2"),
-        (lambda text: "[1]\n", "is none of format version 2"),
+        (lambda text: "[1]\n", r"is not JSON lines \(line 1: it is no object"),
         (lambda text: '{"step": 0}\n', "is none of format version 2"),
-        (lambda text: text.replace('"text"', '"words"'), "a line is damaged .*words"),
-        (lambda text: text.replace('"answers"', '"completion"'), "a line is damaged"),
+        (lambda text: text.replace('"text"', '"words"'), r"line \d is damaged .*words"),
+        (
+            lambda text: text.replace('"answers"', '"completion"'),
+            r"line 2 is damaged \('answers'\)",
+        ),
         (lambda text: text.replace("}\n", "\n", 2), "is not JSON lines"),
     ],
 )
