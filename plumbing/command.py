@@ -46,7 +46,7 @@ def command_line(config_class, entry) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what, remedy = f"no space left on the disk of --out {config.out}", "free some"
         elif not error.filename:
-            what = str(error or type(error).__name__).splitlines()[0]
+            what = (str(error) or type(error).__name__).splitlines()[0]
         raise SystemExit(
             f"error: {what}; nothing finished is lost: {remedy}, then {how_to_resume(config)} "
             "resumes"
@@ -144,8 +144,10 @@ def stored_json(path: Path) -> dict:
     """The object in a file; none of its names if there is no file."""
     try:
         stored = json.loads(path.read_text()) if path.is_file() else {}
-        return dict(**stored)
-    except (ValueError, TypeError, RecursionError) as error:
+        if not isinstance(stored, dict):
+            raise ValueError("it is no object")
+        return stored
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{path}: is not JSON ({error}); mend it, or choose another --out"
         ) from error
