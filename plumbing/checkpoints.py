@@ -22,6 +22,8 @@ from plumbing.files import file_hashes, is_locked, is_sealed, on_disk, seal_of, 
 from plumbing.model import VIDEO_CONFIG, Policy
 
 NAME = r"step_([0-9]{6}|[1-9][0-9]{6,})"  # of a checkpoint's folder
+UNTRAINED = {"step": 0, "sampled_tokens": 0}
+BOOKKEEPING = ("files", "seal")  # of state.json
 SHARD = "5GB"  # of a checkpoint's safetensors
 MOMENT_BYTES = {  # of both of AdamW's moments of a weight
     torch.float64: 16,
@@ -57,11 +59,7 @@ def clear_leftovers(out: Path) -> None:
 
 def checkpoint_state(path: str | Path) -> dict:
     """{"step", "sampled_tokens", ...} of a run's checkpoint; step 0 for any other model."""
-    return {
-        name: value
-        for name, value in stored_state(Path(path)).items()
-        if name not in ("files", "seal")
-    }
+    return {n: value for n, value in stored_state(Path(path)).items() if n not in BOOKKEEPING}
 
 
 def checkpoint_states(out: Path) -> dict[Path, dict]:
@@ -70,30 +68,28 @@ def checkpoint_states(out: Path) -> dict[Path, dict]:
     known = [path for path in found if (path / "state.json").is_file()]
     if found and not known:
         raise damaged(found[-1], "state.json is missing")
+    states = {path: checkpoint_state(path) for path in known}
     for path in found:
-        if path not in known:
+        if path not in states:
             tqdm.write(f"{path}: has no state.json and is left out")
-        elif (step := stored_state(path)["step"]) != step_of(path):
-            raise damaged(path, f"its state.json is of step {step}")
-    return {path: checkpoint_state(path) for path in known}
+        elif states[path]["step"] != step_of(path):
+            raise damaged(path, f"its state.json is of step {states[path]['step']}")
+    return states
 
 
 def stored_state(path: Path) -> dict:
-    """What state.json holds, with {"files": {name: hash}}.
-
-    Raises:
-        UsageError: it was changed, or is missing in a folder that is named as a checkpoint.
-    """
+    """What state.json holds, with {"files": {name: hash}}; UsageError if that was changed."""
+    file = path / "state.json"
+    if not file.is_file() and is_checkpoint(path):
+        raise damaged(path, "state.json is missing")
     try:
-        if not (path / "state.json").is_file() and not is_checkpoint(path):
-            return {"step": 0, "sampled_tokens": 0, "files": {}}
-        state = json.loads((path / "state.json").read_bytes())
+        state = json.loads(file.read_bytes()) if file.is_file() else UNTRAINED
         if not is_sealed(state):
             raise ValueError("it was changed")
         if state["step"] < 0 or state["sampled_tokens"] < 0:
             raise ValueError("a number is below 0")
         return state | {"files": dict(state.get("files", {}))}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise damaged(path, f"state.json: {error}") from error
 
 

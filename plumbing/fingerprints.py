@@ -9,16 +9,11 @@ from plumbing.encode import load_tokenizer
 from plumbing.files import file_hashes
 from plumbing.lora import base_model_of
 
-MODEL = ("config.json", "generation_config.json", "preprocessor_config.json")
+MODEL = ["config.json", "generation_config.json", "preprocessor_config.json"]
 TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
 )
+TOKENIZER += ["added_tokens.json", "vocab.json", "merges.txt"]
 
 
 def fingerprints(config) -> dict[str, str]:
@@ -33,11 +28,10 @@ def fingerprints(config) -> dict[str, str]:
     folders = dict.fromkeys((str(path), base_model_of(path)))  # of adapters both
     weights = [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
     for what, names, more in (("base model", MODEL, weights), ("tokenizer", TOKENIZER, [])):
-        files = [cached(folder, name) for folder in folders for name in names]
+        files = (
+            cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+            for folder in folders
+            for name in names
+        )
         found[what] = fingerprint(file_hashes([*map(Path, filter(None, files)), *more]))
     return found
-
-
-def cached(model: str, name: str) -> str | None:
-    """The path of a small file of a model, from its folder or from the hub."""
-    return cached_file(model, name, _raise_exceptions_for_missing_entries=False)

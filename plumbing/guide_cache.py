@@ -133,8 +133,10 @@ def load_guide_cache(
         raise UsageError(f"guide cache {path}: there is no such file")
     header, *lines = read_jsonl(path) or [{}]
     remedy = "move it away, or give the guide's checkpoint folder as --guide: it will be made anew"
-    known = isinstance(header, dict) and header.get("version") == VERSION
-    if not known or not {"prompts", "dataset", "tokenizer", "until"} <= header.keys():
+    if (
+        header.get("version") != VERSION
+        or not {"prompts", "dataset", "tokenizer", "until"} <= header.keys()
+    ):
         raise UsageError(f"guide cache {path}: is none of format version {VERSION}; {remedy}")
     if len(lines) != header["prompts"]:
         raise UsageError(
