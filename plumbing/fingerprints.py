@@ -10,9 +10,12 @@ from plumbing.files import file_hashes
 from plumbing.lora import base_model_of
 
 MODEL = ["config.json", "generation_config.json", "preprocessor_config.json"]
-TOKENIZER = (
-    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"]
-)
+TOKENIZER = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+]
 TOKENIZER += ["added_tokens.json", "vocab.json", "merges.txt"]
 
 

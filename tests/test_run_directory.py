@@ -17,13 +17,22 @@ from conftest import ROOT, cards_file, lucky
 from test_command_line import GRPO, contents, one_line_error
 
 import grpo
-from commands import exgrpo
+from commands import evaluate, exgrpo
+from commands.benchmarks import literal
 from grpo import GRPOConfig
 from plumbing import UsageError, data, files
-from plumbing.checkpoints import checkpoint_path, checkpoint_state, checkpoints
+from plumbing.checkpoints import (
+    checked,
+    checkpoint_path,
+    checkpoint_state,
+    checkpoints,
+    remove_checkpoint,
+    step_of,
+)
 from plumbing.command import command_line, start_over
 from plumbing.files import LOCK, lock, read_jsonl
 from plumbing.model import Policy
+from plumbing.run import Run
 from worlds import cards, staircase
 
 
@@ -180,6 +189,25 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monk
         read_jsonl(tmp_path / "a.jsonl")
 
 
+def test_nothing_is_removed_before_what_replaces_it_is_saved(config, tmp_path, monkeypatch):
+    """Else a kill in between takes a distance from AutoNPO's next table."""
+    removed = []
+
+    def remove(path: Path) -> None:
+        newest = checked(checkpoints(tmp_path)[-1], optimizer=True)
+        assert step_of(newest) == run.step and step_of(path) < run.step - 2
+        removed.append(step_of(path))
+        remove_checkpoint(path)
+
+    monkeypatch.setattr("plumbing.run.remove_checkpoint", remove)
+    with Run(
+        dataclasses.replace(config, keep="none", out=str(tmp_path)), tmp_path, keep_back=2
+    ) as run:
+        for run.step in range(1, 6):
+            run.save()
+    assert removed == [1, 2]
+
+
 def test_foreign_folders_and_files_are_left_alone(out, runs, config):
     """Also those that end in .tmp; what a kill left of our own goes."""
     foreign = ["step_final", "best", "step_12", "step_0000001", "mine.tmp", "step_final.tmp"]
@@ -319,6 +347,13 @@ def test_fresh_does_not_move_away_what_somebody_writes(out, config, where):
     assert files.inode(out / LOCK) != files.inode(out.with_name("run.old") / LOCK)
 
 
+def test_an_evaluation_is_one_processes_too(tmp_path):
+    other = held(tmp_path)
+    with pytest.raises(UsageError, match="process 4711 .* writes there now"):
+        evaluate.main(evaluate.EvaluateConfig(out=str(tmp_path)))
+    os.close(other)
+
+
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -430,6 +465,10 @@ def test_a_folders_own_code_never_runs(tmp_path, monkeypatch, model_type):
         with pytest.raises(UsageError, match=f"model {model}: "):
             Policy(model)
     assert not list(tmp_path.rglob("ran"))
+
+
+def test_options_that_nest_too_deeply_are_none():
+    assert literal("[" * 99_999) == [] and literal("['a', 'b']") == ["a", "b"]
 
 
 # ---------------------------------------------------------------------- the system says no
