@@ -43,13 +43,7 @@ from tqdm import tqdm
 import verifier
 from grpo import update
 from npo import GuidedConfig, replace_slot
-from plumbing.checkpoints import (
-    checked,
-    checkpoint_path,
-    checkpoint_state,
-    checkpoints,
-    step_of,
-)
+from plumbing.checkpoints import checked, checkpoint_path, checkpoint_state, checkpoints, step_of
 from plumbing.command import command_line
 from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
 from plumbing.metrics import answer_metrics

@@ -102,7 +102,7 @@ def test_killed_three_times_and_resumed_is_the_same_run(command, tmp_path):
     late = "import time, torch; save = torch.save\n"  # time to be hit
     late += "torch.save = lambda *words: (time.sleep(5), save(*words))\ncommand_line("
     slowly = ["-c", NPO[1].replace("command_line(", late), *words[2:]]
-    half = killed / "scout/checkpoints/step_000002.tmp/state.json"
+    half = killed / "scout/checkpoints/step_000002.tmp/model.safetensors"
     killed_when(slowly, half.exists)
     assert not half.parent.with_suffix("").exists()
     killed_when(words, lambda: len(read_jsonl(killed / "guide.jsonl")) > 3)
