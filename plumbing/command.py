@@ -105,20 +105,22 @@ def open_directory(config, out: Path) -> None:
     if theirs is None and inside:
         raise UsageError(f"--out {out}: holds files but no run; choose another directory")
     lock(out)
+    known = out / "fingerprints.json"
     written = {path.name.removesuffix(".tmp") for path in out.rglob("*") if path.is_file()}
-    begun = written - {LOCK, "config.json", "fingerprints.json"}  # else all may change
+    begun = written - {LOCK, "config.json", known.name}  # else all may change
     if begun:
         differ = differing(theirs, mine)
         differ = {name: both for name, both in differ.items() if name not in MAY_CHANGE_ON_RESUME}
         if "steps" in differ and theirs["steps"] < mine["steps"]:
             del differ["steps"]  # a run may go on for longer
-        if differ.keys() - {"dataset"} or theirs.keys() != mine.keys():
+        moved = {"dataset"} if known.is_file() else set()  # the same data by another path may go on
+        if differ.keys() - moved or theirs.keys() != mine.keys():
             raise another_run(out, differ)
     prints = fingerprints(config)
-    if begun and (differ := differing(stored_json(out / "fingerprints.json"), prints)):
+    if begun and (differ := differing(stored_json(known), prints)):
         raise another_run(out, differ)
     write_aside(out / "config.json", json.dumps(mine, indent=2) + "\n")
-    write_aside(out / "fingerprints.json", json.dumps(prints, indent=2) + "\n")
+    write_aside(known, json.dumps(prints, indent=2) + "\n")
 
 
 def differing(theirs: dict, mine: dict) -> dict[str, tuple]:

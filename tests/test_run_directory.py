@@ -295,6 +295,9 @@ def test_the_same_data_by_another_path_goes_on_and_other_data_do_not(on_file, tm
     with pytest.raises(UsageError, match="training prompts hands.parquet-.* and other.parquet-"):
         grpo.train(other, out)
     assert json.loads((out / "config.json").read_text())["dataset"] == str(moved)
+    (out / "fingerprints.json").unlink()
+    with pytest.raises(UsageError, match=f"dataset {moved} there and .*other.parquet here"):
+        grpo.train(other, out)
 
 
 def test_what_never_began_may_change_its_data(on_file, tmp_path, monkeypatch):
