@@ -47,7 +47,7 @@ def literal(text: str) -> list:
     """The list that a text spells in Python; empty if it spells none."""
     try:
         found = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return []
     return found if isinstance(found, list) else []
 

@@ -4,6 +4,7 @@ rollout         the nouns: Prompt, Completion, Group, Sample
 encode          texts and pictures to token ids
 settings        flags that every command shares, their defaults and checks
 metrics         numbers out of groups; the step's log line
+files           what a kill, a power cut or a second process cannot harm
 lora            adapters that are trained in place of the weights
 model           the network: sampling and log-probabilities
 pictures        what a data set stores, as a person sees it
@@ -12,6 +13,7 @@ data            prompts from an embedded world or any data set
 checkpoints     the only place that writes or removes one
 vllm_sampler    the only place that knows vLLM
 memory          what a configuration takes, before and at the start of a run
+fingerprints    what a run must find again when it goes on
 command         flags in, exit code out
 run             the run directory, its seeds and its resume
 guide_cache     guide.jsonl

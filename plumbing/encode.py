@@ -58,10 +58,11 @@ def is_lfs_pointer(path: str | Path) -> bool:
 
 def image_parts(path: str | Path) -> tuple:
     """A model's image processor and the id of its image token; no weights are loaded."""
-    try:  # without torchvision
+    try:
+        # "pil" does without torchvision
         processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
         return processor, config_of(path).image_token_id
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:
         raise unloadable(path, error) from error
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -276,10 +276,10 @@ def load_model(path: str | Path, dtype: torch.dtype):
     """An image-text-to-text model with multimodal rotary positions and no weight missing."""
     try:
         model, loaded = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, output_loading_info=True
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise unloadable(path, error) from error
+    except Exception as error:  # of a dozen types, for a missing, cut or foreign file
+        raise unloadable(path, broken_weights(path) or error) from error
     if missing := loaded["missing_keys"]:
         raise UsageError(
             f"model {path}: {len(missing)} weights are missing, such as {min(missing)}"
@@ -290,6 +290,17 @@ def load_model(path: str | Path, dtype: torch.dtype):
             "take a Qwen3-VL"
         )
     return model
+
+
+def broken_weights(path: str | Path) -> str | None:
+    """Which file of a folder holds no weights, and why: what transformers says names none."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            safe_open(file, "pt")
+        except SafetensorError as error:
+            pointer = file.open("rb").read(23) == b"version https://git-lfs"
+            return f"{file.name}: " + ("a Git LFS pointer; git lfs pull" if pointer else str(error))
+    return None
 
 
 def checkpoint_layers(model) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.checkpoints import write_aside
-from plumbing.run import current_lineage, evaluations, read_jsonl
+from plumbing.files import read_jsonl, write_aside
+from plumbing.run import current_lineage, evaluations
 
 
 def report(out: str | Path, name: str) -> None:

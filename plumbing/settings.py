@@ -4,7 +4,6 @@ A comment beside a field is its help; a comment on a line of its own is a headin
 """
 
 import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal
 import torch
 
 from plumbing import UsageError
+from plumbing.checkpoints import checkpoint_state
 from worlds import cards, staircase
 
 WORLDS = {  # the embedded ones: how each of them finds its base
@@ -142,8 +142,7 @@ class RunConfig(ModelConfig):
 
     @property
     def start_step(self) -> int:
-        state = Path(self.start) / "state.json" if self.start else None
-        return json.loads(state.read_text())["step"] if state else 0
+        return checkpoint_state(self.start)["step"] if self.start else 0
 
     def check(self) -> None:
         super().check()

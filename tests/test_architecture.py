@@ -81,6 +81,19 @@ def test_tools_stay_where_they_are():
     assert not found, f"{found}: move what is shared to plumbing, and vllm or datasets behind it"
 
 
+def test_a_model_folders_own_code_never_runs():
+    """transformers asks on the terminal, unless it is told no."""
+    calls = [
+        (name, ast.unparse(node))
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and re.search(r"(Auto\w+\.from_pretrained|\bLLM)$", ast.unparse(node.func))
+    ]
+    found = [call for call in calls if "trust_remote_code=False" not in call[1]]
+    assert len(calls) > 7 and not found, f"{found}: say trust_remote_code=False"
+
+
 def test_packages_say_what_is_in_them():
     for name in PACKAGES:
         words = ast.get_docstring(ast.parse(FILES[f"{name}.__init__"].read_text()))

@@ -10,13 +10,16 @@ from conftest import group_of, lucky, save
 from npo import NPOConfig
 from plumbing import UsageError
 from plumbing.data import load_prompts
+from plumbing.encode import image_parts
 from plumbing.guide_cache import build_guide_cache, line_of, load_guide_cache
 from plumbing.model import Policy
 from plumbing.rollout import Completion
 from plumbing.run import derived_seed, read_jsonl
+from worlds import cards
 
 ROWS = [5, 2, 9, 11, 7]  # three batches of 2, 2 and 1
 UNTIL, KEEP = 3, 2
+IMAGE = image_parts(cards.BASE)[1]  # the id of the image token
 
 
 class Killed(BaseException):
@@ -220,6 +223,88 @@ def changed(**values):
     return edit
 
 
+def answered(change, sealed: bool = False):
+    """Changes the first line with an answer. Without its seal, so that the check itself is seen."""
+
+    def edit(text: str) -> str:
+        header, *lines = map(json.loads, text.splitlines())
+        line = next(line for line in lines if line["answers"])
+        change(line, line["answers"][0])
+        for one in (line, header) if not sealed else ():
+            del one["seal"]
+        return "".join(json.dumps(line) + "\n" for line in (header, *lines))
+
+    return edit
+
+
+def swapped(text: str) -> str:
+    """Two lines have each other's prompt."""
+    header, first, second, *rest = map(json.loads, text.splitlines())
+    ids = first["prompt_id"], second["prompt_id"]
+    for line, prompt_id in zip((second, first), ids):
+        line["prompt_id"] = prompt_id
+        for answer in line["answers"]:
+            answer["prompt_id"] = prompt_id
+        del line["seal"]
+    return "".join(json.dumps(line) + "\n" for line in (header, first, second, *rest))
+
+
+def repeated(text: str) -> str:
+    """The second line stands in the third's place, too."""
+    lines = text.splitlines(keepends=True)
+    return "".join([*lines[:2], lines[1], *lines[3:]])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (swapped, "its header was changed, or whose answers they are"),
+        (repeated, r"line 3 is damaged \(prompt .* is unknown, or has two lines"),
+        (changed(until=90), "its header was changed"),
+        (changed(temperature=0.5), "its header was changed"),
+        (answered(lambda line, _: line.update(prompt_id="x:1")), "prompt x:1 is unknown"),
+        (answered(lambda line, _: line.pop("prompt_id")), "is damaged .'prompt_id'"),
+        (answered(lambda _, answer: answer.update(prompt_id="x:1")), "right one to its prompt"),
+        (answered(lambda _, answer: answer.update(accuracy=0.9)), "right one to its prompt"),
+        (answered(lambda _, answer: answer.update(accuracy=0.0)), "right one to its prompt"),
+        (answered(lambda _, answer: answer.update(finished=False)), "right one to its prompt"),
+        (answered(lambda _, answer: answer.update(reward=float("inf"))), "the reward inf"),
+        (answered(lambda _, answer: answer.update(reward=1e9), sealed=True), "it was changed"),
+        (answered(lambda _, answer: answer.update(text="7"), sealed=True), "it was changed"),
+        (answered(lambda line, _: line.update(sampled_tokens=-9)), "it was changed"),
+        (answered(lambda line, _: line.update(sampled_tokens="9")), "is damaged"),
+        (answered(lambda _, answer: answer["token_ids"].pop()), "not one per token"),
+        (answered(lambda _, answer: answer["behavior_logprobs"].append(-1.0)), "not one per token"),
+        (answered(lambda _, answer: answer.update(behavior_logprobs=None)), "is damaged"),
+        (
+            answered(lambda _, a: a.update(behavior_logprobs=[0.5] * len(a["token_ids"]))),
+            "at most 0",
+        ),
+        (answered(lambda _, a: a["behavior_logprobs"].__setitem__(0, float("nan"))), "finite"),
+        (answered(lambda _, a: a["behavior_logprobs"].__setitem__(0, -float("inf"))), "finite"),
+        (answered(lambda _, a: a["token_ids"].__setitem__(0, 151)), "never sampled"),
+        (answered(lambda _, a: a["token_ids"].__setitem__(0, -1)), "never sampled"),
+        (answered(lambda _, a: a["token_ids"].__setitem__(0, 7.0)), "never sampled"),
+        (answered(lambda _, a: a["token_ids"].__setitem__(0, IMAGE)), "never sampled"),
+        (answered(lambda _, a: a.update(token_ids=[7] * 90_000)), "90000 tokens, with --max-new-t"),
+        (answered(lambda _, a: a.update(token_ids=[])), "0 tokens, with --max-new-tokens 16"),
+    ],
+)
+def test_what_no_guide_can_have_said_is_refused(built, guide, tmp_path, damage, message):
+    path = tmp_path / "guide.jsonl"
+    path.write_text(damage(built.read_text()))
+    with pytest.raises(UsageError, match=message) as caught:
+        load_guide_cache(path, guide[0])
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_cache_made_by_hand_needs_no_seals(built, guide, tmp_path):
+    path = tmp_path / "guide.jsonl"
+    lines = [{k: v for k, v in line.items() if k != "seal"} for line in read_jsonl(built)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_guide_cache(path, guide[0]).answers == load_guide_cache(built, guide[0]).answers
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -229,10 +314,13 @@ def changed(**values):
         (lambda text: text[:-40], "cut short, 4 of 5 prompts"),
         (lambda text: text[: text.rstrip().rindex("\n") + 1], "cut short, 4 of 5 prompts"),
         (lambda text: "", "is none of format version 2"),
-        (lambda text: "[1]\n", "is none of format version 2"),
+        (lambda text: "[1]\n", r"is not JSON lines \(line 1: it is no object"),
         (lambda text: '{"step": 0}\n', "is none of format version 2"),
-        (lambda text: text.replace('"text"', '"words"'), "a line is damaged .*words"),
-        (lambda text: text.replace('"answers"', '"completion"'), "a line is damaged"),
+        (lambda text: text.replace('"text"', '"words"'), r"line \d is damaged .*words"),
+        (
+            lambda text: text.replace('"answers"', '"completion"'),
+            r"line 2 is damaged \('answers'\)",
+        ),
         (lambda text: text.replace("}\n", "\n", 2), "is not JSON lines"),
     ],
 )

@@ -183,7 +183,9 @@ def build(
     processor = Qwen2VLImageProcessorPil(**pictures)
     torch.manual_seed(seed)
     if start:
-        model = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(
+            start, dtype=torch.float32, trust_remote_code=False
+        )
     else:
         model = AutoModelForImageTextToText.from_config(config)
         for name, parameter in model.named_parameters():

@@ -124,16 +124,17 @@ def base_at(borrow_rate: float, base: Path = BASE) -> Path:
     """The folder of the base that remembers a borrow with this probability, made on first use.
 
     The probability, between 0 and 1, is the mean over the places in held-out prompts of part B that
-    need a borrow. The folder lies in staircase_at/ beside the base, named by the rate and by a hash
-    of the base: one that was built anew gets others. It is written aside and renamed, so that two
-    processes may ask at once.
+    need a borrow. The folder lies in staircase_at/ beside the base (in ~/.cache/npo where that is
+    read-only), named by the rate and by a hash of the base: one that was built anew gets others. It
+    is written aside and renamed, so that two processes may ask at once.
     """
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
     weights, edit = base / "model.safetensors", base / "borrow.npy"
     version = hashlib.sha256(weights.read_bytes() + edit.read_bytes()).hexdigest()[:8]
-    folder = base.with_name("staircase_at") / f"{borrow_rate}-{version}"
+    home = base.parent if os.access(base.parent, os.W_OK) else Path.home() / ".cache/npo"
+    folder = home / "staircase_at" / f"{borrow_rate}-{version}"
     if folder.is_dir():
         return folder
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
