@@ -22,7 +22,7 @@ from plumbing.model import Policy
 from plumbing.rollout import Completion, Group
 from plumbing.run import derived_seed, sampled_tokens, sampler_of
 
-VERSION = 2  # of the file's format
+VERSION = 3  # of the file's format
 
 
 @dataclass
@@ -85,8 +85,7 @@ def build_guide_cache(
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
     }
-    ids = [f"{prompts.fingerprint}:{prompts.kept[row]}" for row in rows]
-    header["seal"] = seal_of(header, ids)  # and of which prompt each line answers
+    header["seal"] = seal_of(header, rows)
     lines = read_jsonl(path)
     if lines[:1] != [header] or len(lines) > 1 + len(rows):
         lines = [header]
@@ -105,14 +104,16 @@ def build_guide_cache(
             seed, count = derived_seed(config.seed, "guide", first), config.guide_samples
             groups = sampler.sample(asked, count, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
-            append(path, [line_of(group, state["step"], keep) for group in groups])
+            some = zip(rows[first:], groups)
+            append(path, [line_of(row, group, state["step"], keep) for row, group in some])
             bar.update(len(groups))
 
 
-def line_of(group: Group, guide_step: int, keep: int) -> dict:
+def line_of(row: int, group: Group, guide_step: int, keep: int) -> dict:
     source = {"source": f"guide@{guide_step}", "exact": True}  # its recorded log-probs are its own
     line = {
-        "prompt_id": group.prompt.id,
+        "row": row,
+        "prompt_id": group.prompt.id,  # another row's, if this one's picture is broken
         "pass_rate": group.pass_rate,
         "sampled_tokens": sampled_tokens([group]),
         "answers": [asdict(c) | source for c in group.verified[:keep]],
@@ -148,19 +149,19 @@ def load_guide_cache(
                 f"guide cache {path}: made for another {what} ({header[what]}; this run has "
                 f"{value}); {remedy}"
             )
-    prompts, shape, answers = load_prompts(config)[0], config_of(config.model_path), {}
-    known = {f"{prompts.fingerprint}:{row}" for row in range(len(prompts.rows))}
+    prompts, shape = load_prompts(config)[0], config_of(config.model_path)
+    known = {f"{prompts.fingerprint}:{row}" for row in prompts.kept}
     tokens = {*range(shape.get_text_config().vocab_size)} - {*vision_token_ids(shape)}
+    answers, rows = {}, []
     for number, line in enumerate(lines, 2):
         try:
-            found = answers_of(line, known, tokens, config.max_new_tokens)
-            answers[line["prompt_id"]] = found
-            known.remove(line["prompt_id"])
+            answers[line["prompt_id"]] = answers_of(line, known, tokens, config.max_new_tokens)
+            rows.append(line["row"])
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"guide cache {path}: line {number} is damaged ({error}); {remedy}"
             ) from error
-    if not is_sealed(header, list(answers)):
+    if len({*rows}) < len(rows) or not is_sealed(header, rows):
         raise UsageError(
             f"guide cache {path}: its header was changed, or whose answers they are; {remedy}"
         )
@@ -176,13 +177,13 @@ def answers_of(line: dict, known: set[str], tokens: set[int], longest: int) -> l
     """The answers in a line, once it is sure that they were sampled, verified and not changed.
 
     Args:
-        known: ids of prompts without a line so far.
+        known: ids of prompts.
         tokens: ids that can be sampled.
         longest: the most tokens in an answer.
     """
     prompt_id, found = line["prompt_id"], [Completion(**answer) for answer in line["answers"]]
     if prompt_id not in known:
-        raise ValueError(f"prompt {prompt_id} is unknown, or has two lines")
+        raise ValueError(f"prompt {prompt_id} is unknown")
     for answer in found:
         ids, logprobs = answer.token_ids, answer.behavior_logprobs
         if not 0 < len(ids) <= longest:

@@ -74,7 +74,7 @@ def test_a_line_per_prompt_with_its_first_right_answers(built, guide):
     prompts, _ = load_prompts(config)
     header, *lines = read_jsonl(built)
     counts = {"prompts": 5, "samples": 6, "keep": 2, "until": 3}
-    about_guide = {"guide_step": 7, "guide_sampled_tokens": 50, "temperature": 1.7, "version": 2}
+    about_guide = {"guide_step": 7, "guide_sampled_tokens": 50, "temperature": 1.7, "version": 3}
     assert counts.items() | about_guide.items() <= header.items()
     expected = []
     for first in (0, 2, 4):
@@ -114,12 +114,12 @@ def test_an_answer_that_was_cut_is_none_and_what_vllm_sampled_is_the_guides():
     for completion in group.completions:
         completion.exact = False  # as vLLM returns them
     group.completions[0].finished = False
-    line = line_of(group, 30, keep=1)
+    line = line_of(0, group, 30, keep=1)
     assert (line["pass_rate"], line["sampled_tokens"]) == (0.75, 8)
     (answer,) = line["answers"]
     answer = Completion(**json.loads(json.dumps(answer)))
     assert answer == dataclasses.replace(group.completions[2], source="guide@30", exact=True)
-    assert line_of(group_of([0.0, 0.0]), 30, keep=1)["answers"] == []
+    assert line_of(3, group_of([0.0, 0.0]), 30, keep=1)["answers"] == []
 
 
 def test_a_cache_guides_until_its_last_step_and_knows_its_cost(built, guide):
@@ -196,7 +196,7 @@ def test_another_header_makes_it_anew(built, guide, tmp_path, changes):
 def test_whole_batches_are_kept_of_a_cache_cut_short(built, guide, tmp_path, lines, piece, asked):
     path, whole = tmp_path / "guide.jsonl", built.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:lines]) + whole[lines][:piece])
-    with pytest.raises(UsageError, match="cut short" if lines else "format version 2"):
+    with pytest.raises(UsageError, match="cut short" if lines else "format version 3"):
         load_guide_cache(path, guide[0])
     build(path, guide, sampler := Watched(guide[1]))
     assert sampler.asked == asked and path.read_bytes() == built.read_bytes()
@@ -238,13 +238,10 @@ def answered(change, sealed: bool = False):
 
 
 def swapped(text: str) -> str:
-    """Two lines have each other's prompt."""
+    """Two lines stand for each other's row."""
     header, first, second, *rest = map(json.loads, text.splitlines())
-    ids = first["prompt_id"], second["prompt_id"]
-    for line, prompt_id in zip((second, first), ids):
-        line["prompt_id"] = prompt_id
-        for answer in line["answers"]:
-            answer["prompt_id"] = prompt_id
+    for line, row in ((second, first["row"]), (first, second["row"])):
+        line["row"] = row
         del line["seal"]
     return "".join(json.dumps(line) + "\n" for line in (header, first, second, *rest))
 
@@ -259,7 +256,7 @@ def repeated(text: str) -> str:
     ("damage", "message"),
     [
         (swapped, "its header was changed, or whose answers they are"),
-        (repeated, r"line 3 is damaged \(prompt .* is unknown, or has two lines"),
+        (repeated, "its header was changed, or whose answers they are"),
         (changed(until=90), "its header was changed"),
         (changed(temperature=0.5), "its header was changed"),
         (answered(lambda line, _: line.update(prompt_id="x:1")), "prompt x:1 is unknown"),
@@ -308,14 +305,14 @@ def test_a_cache_made_by_hand_needs_no_seals(built, guide, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (changed(version=1), "is none of format version 2"),
+        (changed(version=1), "is none of format version 3"),
         (changed(dataset="other"), r"made for another dataset \(other; this run has cards-train"),
         (changed(tokenizer="0123"), r"made for another tokenizer \(0123; this run has"),
         (lambda text: text[:-40], "cut short, 4 of 5 prompts"),
         (lambda text: text[: text.rstrip().rindex("\n") + 1], "cut short, 4 of 5 prompts"),
-        (lambda text: "", "is none of format version 2"),
+        (lambda text: "", "is none of format version 3"),
         (lambda text: "[1]\n", r"is not JSON lines \(line 1: it is no object"),
-        (lambda text: '{"step": 0}\n', "is none of format version 2"),
+        (lambda text: '{"step": 0}\n', "is none of format version 3"),
         (lambda text: text.replace('"text"', '"words"'), r"line \d is damaged .*words"),
         (
             lambda text: text.replace('"answers"', '"completion"'),

@@ -205,7 +205,7 @@ def after_one_step(base, tiny, tmp_path_factory):
                 min(logprob - math.log(ratio), 0.0)
                 for logprob, ratio in zip(answer.behavior_logprobs, ratios)
             ]
-        lines.append(line_of(group, 9, 2))
+        lines.append(line_of(len(lines), group, 9, 2))
     (out / "guide.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def train(**flags) -> torch.Tensor:
