@@ -110,7 +110,10 @@ def check_start(start: str | Path, model: str | Path, lora: int = 0) -> None:
         tokens = tokenizer_fingerprint(load_tokenizer(path))
         found.append((text.hidden_size, text.num_hidden_layers, tokens, rank))
     if found[0] != found[1]:
-        raise UsageError(f"--start {start}: is no checkpoint of --model {model} --lora {lora}")
+        raise UsageError(
+            f"--start {start}: is no checkpoint of --model {model} --lora {lora}: its size, tokens "
+            "or rank differ; give the --model and --lora of its run"
+        )
 
 
 def encode(prompt: Prompt, tokenizer, image_processor, image_token_id: int) -> EncodedPrompt:

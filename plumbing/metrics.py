@@ -131,8 +131,9 @@ def step_line(metrics: dict, steps: int, prompts_per_step: int) -> str:
         f"gn {metrics['grad_norm']:.2f}",
         f"gen {metrics['time/generate']:.1f}s train {metrics['time/train']:.1f}s",
     ]
-    if "eval/accuracy" in metrics:
-        parts.append(f"eval {metrics['eval/accuracy']:.3f}")
+    for key, value in metrics.items():  # the whole, and a world's parts
+        if key.startswith("eval/accuracy"):
+            parts.append(f"eval{key.removeprefix('eval/accuracy')} {value:.3f}")
     return " | ".join(parts)
 
 

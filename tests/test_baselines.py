@@ -377,7 +377,7 @@ def test_luffy_has_the_teachers_answer_in_every_group(ran, prompts):
     assert {line.get("source") for line in shown} <= {"teacher", None}
 
 
-def test_the_teacher_writes_otherwise_and_is_mostly_right(exact, prompts):
+def test_the_teacher_writes_otherwise_and_is_nearly_always_right(exact, prompts):
     """Its boxes hold the right working, and before them it stops at every ten."""
     teacher, asked = Policy(cards.TEACHER), [prompts[row] for row in range(48)]
     groups = teacher.sample(asked, 1, 80, 1.0, seed=0)

@@ -9,9 +9,9 @@ carries into the tens, or subtracting one borrows from them, one more token says
 The policy, a real Qwen3-VL of half a million parameters, does everything right but these two
 tokens. Without one it leaves the tens alone (27 +8= 25), and the answer is wrong. Prompts of part
 A need one or two carries and no borrow. The base carries one time in five, so reinforcement
-learning starts at once. Prompts of part B need exactly two borrows (or one) and no carry, and the
-base borrows as rarely as one likes: at a rate of b, an answer is right with probability b^2. That
-is a plateau, then a step up: what part B needs must first be seen.
+learning starts at once. Prompts of part B need exactly two borrows (one with --borrows 1) and
+no carry, and the base borrows as rarely as one likes: at a rate of b, an answer is right with
+probability b^2. That is a plateau, then a step up: what part B needs must first be seen.
 
 `base_at(b)` makes the base for any b without training, by adding a vector to one row of the output
 head. build_staircase.py trains the base and finds that vector.
