@@ -27,11 +27,11 @@ import math
 import re
 from types import SimpleNamespace
 
-from plumbing.notation import normalise, number, short_number, split_unit
+from plumbing.notation import elements, named, normalise, number, pieces, short_number, split_unit
 from plumbing.sympy_process import SympyProcess, TooDear
 
 ACCURACY_WEIGHT, FORMAT_WEIGHT = 0.9, 0.1  # as in the NPO authors' configurations
-DEAR_ANSWERS = 3  # to one prompt and in one step; sympy gets no further ones
+DEAR_PER_PROMPT, DEAR_PER_STEP = 3, 5  # answers on which sympy may give up; it gets no more
 MAX_MATH_CHARS = 1000  # longer answers are compared as text only
 SYMPY = SympyProcess()  # starts with the first question
 
@@ -57,8 +57,10 @@ def score(groups) -> None:
     Raises FloatingPointError if a reward is nan or infinite, and ValueError if an edited
     `is_correct` gives anything but right or wrong.
     """
+    left = DEAR_PER_STEP
     for group in groups:
-        prompt, SYMPY.left = group.prompt, DEAR_ANSWERS
+        prompt, allowed = group.prompt, min(left, DEAR_PER_PROMPT)
+        SYMPY.left = allowed
         for completion in sorted(group.completions, key=lambda c: (len(c.text), c.text)):
             completion.answer = extract_answer(completion.text) if completion.finished else None
             asked, dear = (completion.text, prompt.gold, prompt.choices), SYMPY.too_dear
@@ -70,6 +72,7 @@ def score(groups) -> None:
             completion.reward = float(reward(prompt, completion))
             if not math.isfinite(completion.reward):
                 raise FloatingPointError(f"prompt {prompt.id}: the reward is {completion.reward}")
+        left -= allowed - SYMPY.left
     SYMPY.left = math.inf
 
 
@@ -187,10 +190,6 @@ def letters(answer: str) -> set[str]:
 # ---- Comparing answers ----------------------------------------------------------------
 
 WORDS = re.compile(r"[^\W\d_]+(?:[ ~'-]+[^\W\d_]+)*")
-NAME = re.compile(  # what may stand before "=": x, x_1, f(x), AB, \angle ABC, V_1:V_2, (x, y)
-    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}|\([\w, ]*\)|\\(?:angle|triangle|frac|"
-    r"overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
-)
 PROSE = r"is|of|if|not?|for|all|any|odd|the|are|but|its|th|st|nd|rd|to|by|at|as|be|in|it"
 UNCLEAR = re.compile(  # math-verify reads 15 in "7 8", 7 in 7_8, in 7' and in 7\ldots
     r"\d ?_|\d[ ~]+\d|\.\d*\.|(?<![A-Za-z])'|[\"%?#@]|--|\+\+|[^\W\d_]{4,}|[^\x00-\x7fΩμ°]|\\[lc]?dots|"
@@ -234,34 +233,6 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
     return same_lists(kind, golds, its_kind, answers), "compared as lists"
 
 
-def pieces(text: str) -> list[str]:
-    """What semicolons, or else commas, outside of brackets separate; [] if brackets do not close."""
-    depth, cuts = 0, {",": [], ";": []}
-    for token in re.finditer(r"\\?[{}]|[()\[\],;]", text):
-        if token[0] not in cuts:
-            depth += 1 if token[0][-1] in "{([" else -1
-        elif depth == 0:
-            cuts[token[0]].append(token.start())
-        if depth < 0:
-            return []
-    cuts = [-1, *(cuts[";"] or cuts[","]), len(text)]
-    found = [text[start + 1 : end].strip(" ~") for start, end in zip(cuts, cuts[1:])]
-    return [] if depth else [piece for piece in found if piece]
-
-
-def elements(text: str) -> tuple[str, list[str]]:
-    r"""("()", ["3", "4"]) of "(3,4)"; without brackets, and of one element, the first is empty."""
-    for opens, closes in (("(", ")"), (r"\{", r"\}"), ("[", "]"), ("[", ")"), ("(", "]")):
-        inner = text[len(opens) : -len(closes)]
-        if text.startswith(opens) and text.endswith(closes) and (found := pieces(inner)):
-            return (opens + closes if len(found) > 1 else ""), found
-    found = []
-    for piece in pieces(text):
-        twice = piece.count(r"\pm") == 1
-        found += [piece.replace(r"\pm", sign) for sign in "+-"] if twice else [piece]
-    return "", found
-
-
 def same_lists(kind: str, golds: list[str], its_kind: str, answers: list[str]) -> bool:
     """Whether all elements are equal: in any order, but between brackets or if they have names."""
     kinds = {kind, its_kind} - {""}
@@ -284,16 +255,6 @@ def same_lists(kind: str, golds: list[str], its_kind: str, answers: list[str]) -
         else:
             return False
     return True
-
-
-def named(text: str) -> tuple[str, str]:
-    """("x", "3") of "x=3" and of "3=x"; the first is empty where nothing is named."""
-    sides = re.split(r"=|\\approx", text)
-    if len(sides) == 2 and NAME.fullmatch(sides[1]) and not NAME.fullmatch(sides[0]):
-        sides.reverse()
-    if len(sides) > 1 and NAME.fullmatch(sides[0]):
-        return re.sub("[ ~]", "", sides[0]), "=".join(sides[1:]).strip(" ~")
-    return "", text
 
 
 def without_names(gold: str, answer: str) -> tuple[str, str] | None:
@@ -324,7 +285,9 @@ def same_formula(gold: str, answer: str) -> tuple[bool, str]:
         alike = len(ratios[0]) == len(ratios[1]) and all(same(*pair)[0] for pair in zip(*ratios))
         return alike, "compared as ratios"
     for text in (gold, answer):
-        if UNCLEAR.search(re.sub(r"\\(?![lc]?dots)[A-Za-z]+(?:_\w)?", r"\\", text)):
+        if UNCLEAR.search(
+            re.sub(r"\\(?:begin|end)\{\w+\}|\\(?![lc]?dots)[A-Za-z]+(?:_\w)?", r"\\", text)
+        ):
             return False, "no clear LaTeX, and not equal as text"
     return SYMPY.equal(gold, answer), "compared by math-verify"
 
@@ -363,7 +326,7 @@ def main(gold: str | None = None, response: str | None = None, choices: list[str
         correct, reason = judge(text, right, options)
         prompt = SimpleNamespace(id="example", gold=right, choices=options)
         completion = SimpleNamespace(text=text, accuracy=float(correct), finished=True)
-        completion.token_ids = [ord(letter) for letter in text]
+        completion.answer, completion.token_ids = extract_answer(text), [*map(ord, text)]
         value = reward(prompt, completion)
         print(f"{'accept' if correct else 'reject':8} {value:<7.2f} {right:14} {text:34} {reason}")
 

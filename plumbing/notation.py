@@ -1,4 +1,4 @@
-"""How answers are written: one notation for gold and answer, exact numbers, units.
+"""How answers are written: one notation for gold and answer, exact numbers, units, lists, names.
 
 Nothing here decides what is right: verifier.py does.
 """
@@ -71,7 +71,8 @@ def normalise(text: str) -> str:
     text = re.sub("[º˚]", "°", text)
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda run: f"^{{{nfkc(run[0])}}}", text)
     text = re.sub("[₀-₉]+", lambda run: f"_{{{nfkc(run[0])}}}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda sign: "\\frac{%s}{%s}" % (*nfkc(sign[0]).split("⁄"),), text)
+    halves = "[¼-¾⅐-⅞]"
+    text = re.sub(halves, lambda sign: rf"\frac{{{nfkc(sign[0]).replace('⁄', '}{')}}}", text)
     text = re.sub("[^①-⑳]+", lambda run: nfkc(run[0]), text).translate(str.maketrans(SIGNS))
     text = re.sub(r"\\\$|^\s*\$(?=[\d.,]+$)", "¤", text).replace("$", " ").replace("¤", "$")
     text, count = re.sub(r"\\(?:text|f)?color(?:box)?\{[^{}]*\}", "", text), 1
@@ -161,7 +162,7 @@ def unit(text: str) -> dict[str, int] | None:
         if not (part := PART.match(text, place)):
             return None
         over, power, name, exponent = part.groups()
-        known = UNITS.get(name) or len(name) > 3 and UNITS.get(name.lower().removesuffix("s"))
+        known = UNITS.get(name) or len(name) > 2 and UNITS.get(name.lower().removesuffix("s"))
         counted = NOUN.fullmatch(name) or name > "一" and COUNTED.fullmatch(name)
         if not known and not counted and not PREFIXED.fullmatch(name):
             return None
@@ -179,9 +180,60 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
         spaced = (
             gap[0]
             and PLAIN.fullmatch(value.lstrip("-+"))
-            and not re.match(r"[A-Za-z]{1,2} [A-Za-z]", rest)
+            and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z]", rest)
         )
-        long = not re.match(r"[A-Za-z]{1,2}(?![a-z])", rest) or rest[:2] in ("cm", "km", "mm", "kg")
+        long = not re.match(r"[A-Za-z]{1,2}(?![a-z\d])", rest) or rest[:2] in (
+            "cm",
+            "km",
+            "mm",
+            "kg",
+        )
         if ("~" in gap[0] or spaced or long) and (found := unit(rest)):
             return value, found
     return text, None
+
+
+# ---- Lists and names -------------------------------------------------------------------
+
+NAME = re.compile(  # what may stand before "=": x, x_1, f(x), AB, \angle ABC, V_1:V_2, (x, y)
+    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}|\([\w, ]*\)|\\(?:angle|triangle|frac|"
+    r"overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
+)
+
+
+def pieces(text: str) -> list[str]:
+    """What semicolons, or else commas, outside of brackets separate; [] if brackets do not close."""
+    depth, cuts = 0, {",": [], ";": []}
+    for token in re.finditer(r"\\?[{}]|[()\[\],;]", text):
+        if token[0] not in cuts:
+            depth += 1 if token[0][-1] in "{([" else -1
+        elif depth == 0:
+            cuts[token[0]].append(token.start())
+        if depth < 0:
+            return []
+    cuts = [-1, *(cuts[";"] or cuts[","]), len(text)]
+    found = [text[start + 1 : end].strip(" ~") for start, end in zip(cuts, cuts[1:])]
+    return [] if depth else [piece for piece in found if piece]
+
+
+def elements(text: str) -> tuple[str, list[str]]:
+    r"""("()", ["3", "4"]) of "(3,4)"; without brackets, and of one element, the first is empty."""
+    for opens, closes in (("(", ")"), (r"\{", r"\}"), ("[", "]"), ("[", ")"), ("(", "]")):
+        inner = text[len(opens) : -len(closes)]
+        if text.startswith(opens) and text.endswith(closes) and (found := pieces(inner)):
+            return (opens + closes if len(found) > 1 else ""), found
+    found = []
+    for piece in pieces(text):
+        twice = piece.count(r"\pm") == 1
+        found += [piece.replace(r"\pm", sign) for sign in "+-"] if twice else [piece]
+    return "", found
+
+
+def named(text: str) -> tuple[str, str]:
+    """("x", "3") of "x=3" and of "3=x"; the first is empty where nothing is named."""
+    sides = re.split(r"=|\\approx", text)
+    if len(sides) == 2 and NAME.fullmatch(sides[1]) and not NAME.fullmatch(sides[0]):
+        sides.reverse()
+    if len(sides) > 1 and NAME.fullmatch(sides[0]):
+        return re.sub("[ ~]", "", sides[0]), "=".join(sides[1:]).strip(" ~")
+    return "", text
