@@ -31,7 +31,7 @@ from plumbing.notation import elements, named, normalise, number, pieces, short_
 from plumbing.sympy_process import SympyProcess, TooDear
 
 ACCURACY_WEIGHT, FORMAT_WEIGHT = 0.9, 0.1  # as in the NPO authors' configurations
-DEAR_PER_PROMPT, DEAR_PER_STEP = 3, 5  # answers on which sympy may give up; it gets no more
+DEAR_PER_PROMPT, DEAR_PER_STEP = 3, 4  # answers on which sympy may give up; it gets no more
 MAX_MATH_CHARS = 1000  # longer answers are compared as text only
 SYMPY = SympyProcess()  # starts with the first question
 
@@ -192,8 +192,8 @@ def letters(answer: str) -> set[str]:
 WORDS = re.compile(r"[^\W\d_]+(?:[ ~'-]+[^\W\d_]+)*")
 PROSE = r"is|of|if|not?|for|all|any|odd|the|are|but|its|th|st|nd|rd|to|by|at|as|be|in|it"
 UNCLEAR = re.compile(  # math-verify reads 15 in "7 8", 7 in 7_8, in 7' and in 7\ldots
-    r"\d ?_|\d[ ~]+\d|\.\d*\.|(?<![A-Za-z])'|[\"%?#@]|--|\+\+|[^\W\d_]{4,}|[^\x00-\x7fΩμ°]|\\[lc]?dots|"
-    rf"(?<![A-Za-z\\])(?:{PROSE})(?![A-Za-z])"
+    r"\d ?_|\d[ ~]+\d|\.\d*\.|(?<![A-Za-z])'|[\"%?#@]|--|\+\+|[^\W\d_]{4,}|[^\x00-\x7fΩμ°]|"
+    rf"\\[lc]?dots|(?<![A-Za-z\\])(?:{PROSE})(?![A-Za-z])"
 )
 
 
@@ -284,10 +284,9 @@ def same_formula(gold: str, answer: str) -> tuple[bool, str]:
     if len(ratios[0]) > 1 or len(ratios[1]) > 1:
         alike = len(ratios[0]) == len(ratios[1]) and all(same(*pair)[0] for pair in zip(*ratios))
         return alike, "compared as ratios"
+    commands = r"\\(?:begin|end)\{\w+\}|\\(?![lc]?dots)[A-Za-z]+(?:_\w)?"
     for text in (gold, answer):
-        if UNCLEAR.search(
-            re.sub(r"\\(?:begin|end)\{\w+\}|\\(?![lc]?dots)[A-Za-z]+(?:_\w)?", r"\\", text)
-        ):
+        if UNCLEAR.search(re.sub(commands, r"\\", text)):
             return False, "no clear LaTeX, and not equal as text"
     return SYMPY.equal(gold, answer), "compared by math-verify"
 

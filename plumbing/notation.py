@@ -57,7 +57,7 @@ LEAD_IN = re.compile(
     r"\w+\s*\\in(?=\W))[\s~]*(?=\S)",
     re.IGNORECASE | re.DOTALL,
 )
-OUTER = re.compile(r"([*_`'\"]+)(?P<a>.+)\1|\{(?P<b>[^{}]*)\}|(?P<c>.*[^.])[.;:,]", re.DOTALL)
+OUTER = re.compile(r"([*_`'\"]{1,3})(?P<a>.+)\1|\{(?P<b>[^{}]*)\}|(?P<c>.*[^.])[.;:,]", re.DOTALL)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -136,11 +136,12 @@ UNITS = """
 mm 毫米 millimeter millimetre|cm 厘米 公分 centimeter centimetre|dm 分米|m 米 meter metre
 km 千米 公里 kilometer kilometre|in inch inches|ft foot feet|yd yard|mile 英里|mg 毫克 milligram
 g 克 gram gm|kg 千克 公斤 kilogram|t 吨 ton tonne|lb lbs pound|s 秒 sec second|min 分钟 分 minute
-h 小时 时 hr hour|day 天 日|week 周|month 月 个月|year 年 岁 yr|mL ml 毫升 milliliter|L l 升 liter litre
-N 牛 牛顿 newton|J 焦 焦耳 joule|W 瓦 瓦特 watt|V 伏 伏特 volt|A 安 安培 amp ampere|Ω 欧 欧姆 ohm
-Hz 赫兹 hertz|Pa 帕 帕斯卡 pascal|C 库 库仑 coulomb|K 开 kelvin|mol 摩尔 mole|rad 弧度 radian
-° 度 deg degree|°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|€ euro 欧元|cent|mph|rpm|hectare ha 公顷
-acre|gallon|unit 单位|person 人 名 people|child children|piece 个 只 件 张 块 条 本 支 辆 棵 台 头|way 种
+h 小时 时 hr hour|day 天 日|week 周|month 月 个月|year 年 岁 yr|mL ml 毫升|L l 升 liter litre
+N 牛 牛顿 newton|J 焦耳 joule|W 瓦 瓦特 watt|V 伏 伏特 volt|A 安培 amp ampere|Ω 欧 欧姆 ohm
+Hz 赫兹 hertz|Pa 帕 pascal|C 库仑 coulomb|K kelvin|mol 摩尔 mole|rad 弧度 radian|° 度 deg degree
+°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|€ euro 欧元|cent|mph|rpm|hectare ha 公顷|acre
+gallon|unit 单位|person 人 名 people|child children|piece 个 只 件 张 块 条 本 支 辆 棵 台 头
+way 种
 """
 UNITS = {name: names.split()[0] for names in re.split("[|\n]", UNITS) for name in names.split()}
 PREFIXED = re.compile(r"[pnμmckMG]?(?:[mgsNJWVAΩLTFCH]|Hz|Pa|mol|eV|Wb|Wh|bar|cal)|d[mL]|atm")
@@ -150,7 +151,7 @@ NOUN = re.compile(
 COUNTED = re.compile("[^百千万亿兆十分之倍不或约多上下左右第余几半负点减加]{1,4}")
 POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 PART = re.compile(
-    rf"(/|per[ ~]|每)?[\s~·*]*(?:({'|'.join(POWERS)})(?![a-z])\.?)?[\s~]*(°[CF]?|[$£¥€]|[^\W\d_]+)\.?"
+    rf"(/|per[ ~]|每)?[ ~*]*(?:({'|'.join(POWERS)})(?![a-z])\.?)?[ ~]*(°[CF]?|[$£¥€]|[^\W\d_]+)\.?"
     r"(?:\^?\{?(-?\d)\}?(?!\d))?[\s~]*(?:\\cdot|\*)?[\s~]*"
 )
 
@@ -172,22 +173,14 @@ def unit(text: str) -> dict[str, int] | None:
 
 
 def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
-    r"""("5", {"m": 1}) of "5 m", and of "\pi~m"; in 2m and "\pi m", m is a letter like any other."""
+    r"""("5", {"m": 1}) of "5 m" and of "5~m"; in 5m and "\pi m" the m may be any quantity."""
     if text[:1] and text[0] in "$£¥€" and number(text[1:]) is not None:
         return text[1:], unit(text[0])
     for gap in re.finditer(r"(?<=[\d)}!])[ ~]*(?=[^\W\d_]|[°$£¥€])|~(?=[A-Za-z])", text):
         value, rest = text[: gap.start()], text[gap.end() :]
-        spaced = (
-            gap[0]
-            and PLAIN.fullmatch(value.lstrip("-+"))
-            and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z]", rest)
-        )
-        long = not re.match(r"[A-Za-z]{1,2}(?![a-z\d])", rest) or rest[:2] in (
-            "cm",
-            "km",
-            "mm",
-            "kg",
-        )
+        spaced = gap[0] and PLAIN.fullmatch(value.lstrip("-+"))
+        spaced = spaced and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z]", rest)  # 2 m g
+        long = not re.match(r"(?!cm|km|mm|kg)[A-Za-z]{1,2}(?![a-z\d])", rest)
         if ("~" in gap[0] or spaced or long) and (found := unit(rest)):
             return value, found
     return text, None
@@ -196,13 +189,13 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
 # ---- Lists and names -------------------------------------------------------------------
 
 NAME = re.compile(  # what may stand before "=": x, x_1, f(x), AB, \angle ABC, V_1:V_2, (x, y)
-    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}|\([\w, ]*\)|\\(?:angle|triangle|frac|"
-    r"overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
+    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}|\([\w, ]*\)|\\(?:angle|triangle|"
+    r"frac|overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
 )
 
 
 def pieces(text: str) -> list[str]:
-    """What semicolons, or else commas, outside of brackets separate; [] if brackets do not close."""
+    """What semicolons, or else commas, separate outside of brackets; [] if one does not close."""
     depth, cuts = 0, {",": [], ";": []}
     for token in re.finditer(r"\\?[{}]|[()\[\],;]", text):
         if token[0] not in cuts:
