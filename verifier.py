@@ -236,7 +236,7 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
 def same_lists(kind: str, golds: list[str], its_kind: str, answers: list[str]) -> bool:
     """Whether all elements are equal: in any order, but between brackets or if they have names."""
     kinds = {kind, its_kind} - {""}
-    if len(golds) != len(answers) or len(kinds) > 1 or ("[]" in kinds and kind != its_kind):
+    if len(golds) != len(answers) or kind != its_kind and kinds not in ({"()"}, {r"\{\}"}):
         return False
     ordered, sides = not kinds <= {r"\{\}"}, []
     for pairs in ([named(element) for element in side] for side in (golds, answers)):

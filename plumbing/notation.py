@@ -20,7 +20,7 @@ SIGNS = r"""
 SIGNS = dict(pair.split(" ", 1) for pair in re.split("[|\n]", SIGNS.strip()))
 SIGNS = {sign: latex + " " * latex.startswith("\\") for sign, latex in SIGNS.items()}
 FONT = r"\\(?:text\w*|math(?!bb|cal)\w+|mbox|boldsymbol|bm|emph|underline|boxed|fbox)\s*"
-FONT = re.compile(FONT + r"\{([^{}]*)\}")
+FONT = re.compile(FONT + r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 LATEX = {  # pattern: replacement, in this order
     r"\\\\(?=[A-Za-z])(?!.*matrix)": r"\\",  # a command whose backslash was doubled
     r"\\(?:left|right|[bB]ig+[lr]?|[lL]arge|[hH]uge|displaystyle|bf|rm|it|therefore)\b|\\!\s*": "",

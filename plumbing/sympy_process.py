@@ -143,7 +143,7 @@ def equal_in_math(gold: str, answer: str) -> bool:
     if gold.free_symbols | answer.free_symbols:
         return True
     gold, answer = gold.evalf(30), answer.evalf(30)
-    return bool(abs(gold - answer) <= 1e-25 * abs(gold))
+    return bool(gold == answer or abs(gold - answer) <= 1e-25 * abs(gold))
 
 
 def as_fraction(decimal: re.Match) -> str:

@@ -154,7 +154,7 @@ def test_what_hangs_is_ended_by_its_cpu_time_and_what_dies_is_replaced(monkeypat
     with pytest.raises(TooDear, match="too much for math-verify"):
         worker.equal("7x", DEAR.format(n=3))
     assert worker.equal("x+x+x", "3x") is True and worker.process.pid == first  # only a child died
-    os.kill(first, signal.SIGKILL)
+    os.killpg(first, signal.SIGKILL)
     assert worker.equal("x+y", "y+x") is True and worker.process.pid != first
 
 
