@@ -64,7 +64,7 @@ def score(groups) -> None:
         for completion in sorted(group.completions, key=lambda c: (len(c.text), c.text)):
             completion.answer = extract_answer(completion.text) if completion.finished else None
             asked, dear = (completion.text, prompt.gold, prompt.choices), SYMPY.too_dear
-            completion.accuracy = float(completion.answer is not None and is_correct(*asked))
+            completion.accuracy = float(completion.finished and is_correct(*asked))
             completion.too_dear = SYMPY.too_dear > dear
             if completion.accuracy not in (0, 1):  # a guide cache would silently drop 0.9
                 problem = f"accuracy is {completion.accuracy}; partial credit belongs in `reward`"
@@ -273,7 +273,10 @@ def without_names(gold: str, answer: str) -> tuple[str, str] | None:
     exact, _, rounded = answer.partition(r"\approx")
     if rounded and (not exact.strip() or number(exact) is None or number(rounded) is None):
         answer = exact.strip() or rounded
-    if ("=" in gold) != ("=" in answer):
+    sides = gold.split("="), answer.split("=")
+    if len(sides[0]) != len(sides[1]) or len(sides[1]) > 2:
+        return None
+    if len(sides[1]) == 2 and not re.search("[A-Za-z]", sides[1][0]):
         return None
     return gold.strip(" ~"), answer.strip(" ~")
 

@@ -110,7 +110,7 @@ class NPOTrainer(trl.GRPOTrainer):
                 finished = ids[-1] in self.eos_token_ids
                 answer = Completion(row["prompt_id"], ids, None, text[0]["content"], finished)
                 answer.answer = verifier.extract_answer(answer.text) if finished else None
-                answer.accuracy = right * (answer.answer is not None)
+                answer.accuracy = right * finished
                 answer.reward = verifier.reward(prompt_of(row), answer)
                 answers.append(answer)
             self._taken = self._slots(prompt_ids, answers)
