@@ -198,8 +198,11 @@ def answers(config, name: str, batch: list[Item], sampler, seed: int) -> list[di
 
 
 def verdicts(line: dict) -> list[bool]:
-    """Whether each of an item's K answers is right."""
-    return [verifier.is_correct(text, line["gold"], line["choices"]) for text in line["responses"]]
+    """Whether each of an item's K answers is right; one that was cut off is not."""
+    return [
+        finished and verifier.is_correct(text, line["gold"], line["choices"])
+        for text, finished in zip(line["responses"], line["finished"])
+    ]
 
 
 def score(name: str, items: list[Item], lines: dict[str, dict]) -> tuple[list[list[float]], dict]:

@@ -110,7 +110,7 @@ class NPOTrainer(trl.GRPOTrainer):
             for row, ids, text, right in zip(self._asked, token_ids, texts, accuracies):
                 finished = ids[-1] in self.eos_token_ids
                 answer = Completion(row["prompt_id"], ids, None, text[0]["content"], finished)
-                answer.accuracy = right
+                answer.answer, answer.accuracy = verifier.extract_answer(answer.text), right
                 answer.reward = verifier.reward(prompt_of(row), answer)
                 answers.append(answer)
             self._taken = self._slots(prompt_ids, answers)

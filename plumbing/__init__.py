@@ -2,6 +2,8 @@
 
 rollout         the nouns: Prompt, Completion, Group, Sample
 encode          texts and pictures to token ids
+notation        how answers are written: one notation, exact numbers, units
+sympy_process   math-verify where it can hang nothing
 settings        flags that every command shares, their defaults and checks
 metrics         numbers out of groups; the step's log line
 files           what a kill, a power cut or a second process cannot harm

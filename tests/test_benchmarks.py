@@ -177,7 +177,7 @@ GOLDEN = {  # changes of the row above, an answer, is it right; or why the row i
         (FREE, r"\boxed{12 \text{ cm}}", True),
         (FREE, r"\boxed{A}", False),  # no option, although its text has an (A)
         (FREE | {"answer": r"\sqrt{8}"}, r"\boxed{2\sqrt{2}}", True),
-        (FREE | {"answer": r"Area $=9 \pi \mathrm{cm}^{2}$"}, r"\boxed{9\pi}", False),  # by rule
+        (FREE | {"answer": r"Area $=9 \pi \mathrm{cm}^{2}$"}, r"\boxed{9\pi}", True),
         ({"answer": "C\nD"}, "gold 'C\\nD' names none of its 4 options", None),
     ],
 }
