@@ -43,7 +43,7 @@ from tqdm import tqdm
 import verifier
 from grpo import update
 from npo import GuidedConfig, replace_slot
-from plumbing.checkpoints import checkpoint_path, checkpoint_state, checkpoints, step_of
+from plumbing.checkpoints import checked, checkpoint_path, checkpoint_state, checkpoints, step_of
 from plumbing.command import command_line
 from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
 from plumbing.metrics import answer_metrics
@@ -198,7 +198,7 @@ def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> in
 @torch.no_grad()
 def token_kl(groups: list[Group], old_path: Path, config: AutoNPOConfig) -> float:
     """Mean per-token KL(pi(t) || old) in nats, over tokens that pi(t) sampled."""
-    old = Policy(old_path, config.device, config.dtype)
+    old = Policy(checked(old_path), config.device, config.dtype)
     rows, total = [(group.encoded, c) for group in groups for c in group.completions], 0.0
     for some in batched(rows, config.micro_batch_size):
         asked = [(encoded, c.token_ids) for encoded, c in some]

@@ -68,12 +68,12 @@ class NPOConfig(GuidedConfig):
     out: str = "runs/npo"  # run directory, the scout's is scout/ in it
     steps: int | None = None  # training steps [100; if late: --plateau-end]
     # Intervention
-    intervention: Literal["early", "late", "early+late"] = "early"  # where it goes back to
+    intervention: Literal["early", "late", "early+late"] = "early"  # back to base or plateau
     scout_steps: int = 40  # early, early+late: steps ahead; not in our sources
     plateau_start: int = 240  # late, early+late: step to go back to; not in our sources
     plateau_end: int = 320  # late, early+late: last step of the scout; not in our sources
     guide: str | None = None  # no scout: a checkpoint (late: of a run), a guide.jsonl, or self
-    guided_until: int | None = None  # last guided step [the guide's; of self or a model, --steps]
+    guided_until: int | None = None  # last guided step [the guide's own; --steps if it has none]
 
     def __post_init__(self):
         super().__post_init__()

@@ -4,41 +4,36 @@ r"""Is this answer right?  The verifiable reward, computed from text alone.
 
 accuracy is 1 for the right answer, format is 1 for any answer; otherwise they are 0.
 
-1. Find the answer: the content of the last balanced `\boxed{…}` or `\fbox{…}`. If the text has
-   `<answer>…</answer>`, only the last pair counts; without a box in it, all of its content.
-2. Multiple choice: the option's letter, the text of exactly one option, or both if they agree.
-3. Otherwise: equal as text, else equal as plain numbers, else equal by math-verify.
+1. Find the answer: the last balanced `\boxed{…}`, or several that only commas, "and" or "or" join.
+   If the text has `<answer>…</answer>`, only the last pair counts; without a box, all of it. Boxes
+   in thoughts (`<think>`) do not count, and a completion that was cut off has no answer.
+2. Write gold and answer in one way: training and evaluation share `normalise`.
+3. Multiple choice: the option's letter, the text of exactly one option, or both if they agree.
+4. Otherwise compare text, option letters, words, numbers with units, lists, and the rest by
+   math-verify, which parses LaTeX with sympy. Numbers are exact: 0.333 is not 1/3, 50% is 0.5.
 
-What happens to odd answers:
-- An unclosed box is no answer: a completion that was cut off must not be paid for.
-- An answer that could mean two options is wrong.
-- An answer of more than 1,000 characters is compared as text only.
-- An answer that math-verify cannot handle within 5 seconds is wrong.
+For this method a wrong answer that is paid is worse than a right one that is refused. So what is
+not clear is wrong: two options, another unit, `8 = 7`, broken LaTeX, prose in the box. No rule here
+judges rounding, converted units (100 cm for 1 m), reduced ratios, decimal commas, synonyms, proofs.
 
-math-verify parses LaTeX with sympy. Its own timeout needs SIGALRM, so it works in the main thread
-only, and `9^{9^{9^{9}}}` hangs it for good. So it runs in a worker process, which is killed and
-replaced whenever an answer takes too long.
+sympy may take for ever. So a process of its own judges each answer in 2 seconds of CPU time, on a
+busy machine too; an answer that takes more is *too dear*, and wrong.
 
     python verifier.py  # a table of accepted and rejected answers, with the reasons
     python verifier.py --gold '\frac{1}{2}' --response 'so \boxed{0.5}'
 """
 
-import atexit
-import contextlib
-import json
 import math
 import re
-import select
-import subprocess
-import sys
-import threading
-from decimal import Decimal
 from types import SimpleNamespace
 
+from plumbing.notation import elements, named, normalise, number, pieces, short_number, split_unit
+from plumbing.sympy_process import SympyProcess, TooDear
+
 ACCURACY_WEIGHT, FORMAT_WEIGHT = 0.9, 0.1  # as in the NPO authors' configurations
-TIMEOUT = 5.0  # seconds that math-verify may take for one answer
+DEAR_PER_PROMPT, DEAR_PER_STEP = 3, 4  # answers on which sympy may give up; it gets no more
 MAX_MATH_CHARS = 1000  # longer answers are compared as text only
-WORKER_MEMORY = 4 << 30  # bytes of address space; a power tower would make sympy take everything
+SYMPY = SympyProcess()  # starts with the first question
 
 
 # EXPERIMENT HERE: the reward.
@@ -46,30 +41,39 @@ def reward(prompt, completion) -> float:
     """What GRPO compares within a group: any finite number, larger is better.
 
     It may look at prompt.gold, prompt.choices (None if the answer is free), completion.text,
-    .token_ids, .finished (False if it was cut off) and .accuracy (0.0 or 1.0, already set).
-    Partial credit or a length penalty goes here. Accuracy stays a fact about the answer: slot
-    replacement and every reported accuracy look at it and never at the reward.
+    .token_ids, .answer (None if there is none, or it was cut off) and .accuracy (0.0 or 1.0), both
+    already set. Partial credit or a length penalty goes here. Accuracy stays a fact about the
+    answer: slot replacement and every reported accuracy look at it and never at the reward.
     """
-    has_answer = extract_answer(completion.text) is not None
-    return ACCURACY_WEIGHT * completion.accuracy + FORMAT_WEIGHT * has_answer
+    return ACCURACY_WEIGHT * completion.accuracy + FORMAT_WEIGHT * (completion.answer is not None)
 
 
 def score(groups) -> None:
-    """Sets `accuracy` and then `reward` of every completion in the groups.
+    """Sets `answer`, `accuracy`, `too_dear` and `reward` of every completion in the groups.
+
+    Short answers are judged first: which ones are too dear depends neither on the order of sampling
+    nor, as remembered verdicts count, on what was judged before.
 
     Raises FloatingPointError if a reward is nan or infinite, and ValueError if an edited
     `is_correct` gives anything but right or wrong.
     """
+    left = DEAR_PER_STEP
     for group in groups:
-        prompt = group.prompt
-        for completion in group.completions:
-            completion.accuracy = float(is_correct(completion.text, prompt.gold, prompt.choices))
+        prompt, allowed = group.prompt, min(left, DEAR_PER_PROMPT)
+        SYMPY.left = allowed
+        for completion in sorted(group.completions, key=lambda c: (len(c.text), c.text)):
+            completion.answer = extract_answer(completion.text) if completion.finished else None
+            asked, dear = (completion.text, prompt.gold, prompt.choices), SYMPY.too_dear
+            completion.accuracy = float(completion.finished and is_correct(*asked))
+            completion.too_dear = SYMPY.too_dear > dear
             if completion.accuracy not in (0, 1):  # a guide cache would silently drop 0.9
                 problem = f"accuracy is {completion.accuracy}; partial credit belongs in `reward`"
                 raise ValueError(f"prompt {prompt.id}: {problem}")
             completion.reward = float(reward(prompt, completion))
             if not math.isfinite(completion.reward):
                 raise FloatingPointError(f"prompt {prompt.id}: the reward is {completion.reward}")
+        left -= allowed - SYMPY.left
+    SYMPY.left = math.inf
 
 
 def is_correct(response: str | None, gold: str, choices: list[str] | None = None) -> bool:
@@ -82,19 +86,40 @@ def judge(response: str | None, gold: str, choices: list[str] | None = None) -> 
     answer = extract_answer(response)
     if answer is None:
         return False, "no closed \\boxed{…} or <answer> tags"
-    if choices:
+    try:
+        if not choices:
+            return equal(gold, answer)
         right, said = option_index(gold, choices), option_index(answer, choices)
-        if right is None:
-            return False, f"gold {gold!r} names none of the {len(choices)} options"
-        if said is None:
-            return False, "names no option, or more than one"
-        return said == right, f"means option {chr(65 + said)}"
-    return equal(gold, answer)
+    except TooDear as error:
+        return False, str(error)
+    if right is None:
+        return False, f"gold {gold!r} names none of the {len(choices)} options"
+    return said == right, "names no single option" if said is None else f"means {chr(65 + said)}"
+
+
+CONTROL = re.compile(
+    r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\t(?:imes|heta|au|ext|frac|an\b|o\b)|\r(?:ho|ight)|"
+    r"\n(?:eq|e|u|abla|ot|i|geq|leq|mid)\b"
+)
+
+
+def unanswerable(gold: str) -> str | None:
+    """Why no short answer can equal this gold; None if one can."""
+    if CONTROL.search(gold):
+        return "control characters: LaTeX with single backslashes?"
+    if len(gold) > MAX_MATH_CHARS:
+        return f"over {MAX_MATH_CHARS} characters"
+    text = re.sub(r"\\[A-Za-z]+", " ", normalise(gold))
+    if not normalise(gold) or re.fullmatch(r"[-+]?(inf|infinity|nan)", gold.strip(), re.I):
+        return "empty, infinite or not a number"
+    told = re.match(r"(?:[^\W\d_]+[ ,]+){2}.*\d", text)  # "it would take 180 days"
+    return "a sentence" if told or len(re.findall(r"[A-Za-z]{2,}", text)) > 6 else None
 
 
 # ---- Finding the answer ---------------------------------------------------------------
 
-BRACE = re.compile(r"\\[{}\\]|\\(?:boxed|fbox)\s*\{|[{}]")
+BRACE = re.compile(r"\\+(?:boxed|fbox)(?:\s*\{|\s+(-?\d[\d.,]*\b|[A-Z]\b))|\\[{}\\]|[{}]")
+BETWEEN = re.compile(r"(?:[\s$,;、{}]|\\[,; ()\[\]]|\\q?quad|\\text\b|and\b|or\b|[和或]|\w+ ?=)*")
 
 
 def extract_answer(response: str | None) -> str | None:
@@ -104,147 +129,169 @@ def extract_answer(response: str | None) -> str | None:
     """
     if not isinstance(response, str):
         return None
+    response = response.rpartition("</think>")[2].partition("<think>")[0]
     tagged, close = False, response.rfind("</answer>")
     if close >= 0 and (start := response.rfind("<answer>", 0, close)) >= 0:
         tagged, response = True, response[start + len("<answer>") : close]
-    open_braces = []  # where each open box's content starts; None for a plain brace
-    last = None  # (start, end) of the last balanced box's content
+    opened, boxes = [], []  # None for a plain brace; (start, content, end), if not empty
     for brace in BRACE.finditer(response):
-        if brace[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and (last is None or start > last[0]):
-                last = (start, brace.start())
+        if brace[1]:
+            boxes.append((brace.start(), brace[1], brace.end()))
+        elif brace[0] == "}" and opened:
+            box = opened.pop()
+            if box and (content := response[box.end() : brace.start()].strip()):
+                boxes.append((box.start(), content, brace.end()))
         elif brace[0].endswith("{") and brace[0] != "\\{":
-            open_braces.append(None if brace[0] == "{" else brace.end())
-    if last is None and (not tagged or "\\boxed" in response):
-        return None
-    answer = response if last is None else response[slice(*last)]
-    return answer.strip() or None
+            opened.append(None if brace[0] == "{" else brace)
+    if not boxes:
+        return None if not tagged or "boxed" in response else response.strip() or None
+    first, content, _ = max(boxes)
+    contents, boxes = [content], sorted(boxes)[:-1]
+    while boxes and boxes[-1][2] <= first and BETWEEN.fullmatch(response, boxes[-1][2], first):
+        if not re.search("[,;、和或]|and|or", response[boxes[-1][2] : first]):
+            break
+        first, content, _ = boxes.pop()
+        contents.insert(0, content)
+    return ", ".join(dict.fromkeys(contents))
 
 
-# ---- Comparing answers ----------------------------------------------------------------
+# ---- Multiple choice ------------------------------------------------------------------
 
-LETTER = re.compile(r"(?:option\s+)?\(?([A-Z])\)?[.:]?", re.IGNORECASE)
-LETTER_AND_TEXT = re.compile(r"\(?([A-Z])\)?[.:)]\s*(\S.*)", re.DOTALL)
-PLAIN_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})(?:\.\d{1,400})?")
-WORDS = re.compile(r"[^\W\d_]{3,}(?:[\s'-]+[^\W\d_]+)*")
+LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
+LETTER_AND_TEXT = re.compile(r"(?:\(([A-Z])\)[.:,]?|([A-Z])(?:[.:),]| - |~))[ ~]*(\S.*)", re.DOTALL)
+LETTERS = re.compile(r"[(\[{]?[A-J①-⑳](?:[ ~,;/()]*[A-J①-⑳])*[)\]}]?")
 
 
 def option_index(answer: str, choices: list[str]) -> int | None:
     """Which option an answer means, by its letter, text or both; None if that is not clear."""
-    answer = plain_text(answer)
+    answer, texts = normalise(answer), [normalise(choice) for choice in choices]
     letter = LETTER.fullmatch(answer)
-    if letter and (letter[1].isupper() or answer not in map(plain_text, choices)):
+    if letter and (letter[1].isupper() or answer not in texts):
         index = ord(letter[1].upper()) - ord("A")
         return index if index < len(choices) else None
-    same = [i for i, choice in enumerate(choices) if plain_text(choice) == answer]
+    same = [i for i, text in enumerate(texts) if text == answer]
     if not same and (both := LETTER_AND_TEXT.fullmatch(answer)):
-        index = ord(both[1]) - ord("A")
-        return index if index < len(choices) and equal(choices[index], both[2])[0] else None
+        index = ord(both[1] or both[2]) - ord("A")
+        return index if index < len(choices) and equal(choices[index], both[3])[0] else None
     same = same or [i for i, choice in enumerate(choices) if equal(choice, answer)[0]]
     return same[0] if len(same) == 1 else None
 
 
-def plain_text(answer: str) -> str:
-    r"""The answer without outer spaces and dollar signs, an outer \text{…}, a final full stop."""
-    answer = " ".join(answer.split()).strip("$ ")
-    if wrapped := re.fullmatch(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", answer):
-        answer = wrapped[1].strip()
-    return answer[:-1] if len(answer) > 1 and answer.endswith(".") else answer
+def letters(answer: str) -> set[str]:
+    """The option letters, or circled digits, that an answer consists of; "(C) 14" counts as C."""
+    both = LETTER_AND_TEXT.fullmatch(answer)
+    if both and not re.search(r"(?<!\w)[A-J](?!\w)", both[3]):
+        return {both[1] or both[2]}
+    if LETTERS.fullmatch(answer):
+        return {*re.findall(r"[A-J①-⑳]", answer)}
+    return {answer.strip("()").upper()} if re.fullmatch(r"\(?[a-j]\)?", answer) else set()
+
+
+# ---- Comparing answers ----------------------------------------------------------------
+
+WORDS = re.compile(r"[^\W\d_]+(?:[ ~'-]+[^\W\d_]+)*")
+PROSE = r"is|of|if|not?|for|all|any|odd|the|are|but|its|th|st|nd|rd|to|by|at|as|be|in|it"
+UNCLEAR = re.compile(  # math-verify reads 15 in "7 8", 7 in 7_8, in 7' and in 7\ldots
+    r"\d ?_|\d[ ~]+\d|\.\d*\.|(?<![A-Za-z])'|[\"%?#@]|--|\+\+|[^\W\d_]{4,}|[^\x00-\x7fΩμ°]|"
+    rf"\\[lc]?dots|(?<![A-Za-z\\])(?:{PROSE})(?![A-Za-z])"
+)
 
 
 def equal(gold: str, answer: str) -> tuple[bool, str]:
     """Whether two answers are equal, and the reason in words. Not symmetric: gold comes first."""
-    gold, answer = plain_text(gold), plain_text(answer)
-    if gold == answer:
-        return True, "equal as text"
-    if PLAIN_NUMBER.fullmatch(gold) and PLAIN_NUMBER.fullmatch(answer):
-        numbers = [Decimal(text.replace(",", "")) for text in (gold, answer)]
-        return numbers[0] == numbers[1], "compared as plain numbers"
-    if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):  # math-verify finds "act" equal to "cat"
-        return gold.casefold() == answer.casefold(), "compared as words"
-    if "%" in answer and "%" not in gold:  # it reads 7% as 7 and as 0.07
-        return False, "a percentage, and the gold is none"
-    if "=" in answer and not re.search(r"[A-Za-z]", answer.split("=")[0]):  # it reads 8=7 as 7
-        return False, "an equation that defines nothing"
     if max(len(gold), len(answer)) > MAX_MATH_CHARS:
-        return False, f"over {MAX_MATH_CHARS} characters, and not equal as text"
-    verdict = MATH_VERIFY.ask(gold, answer, TIMEOUT)
-    if verdict is None:
-        return False, "too much for math-verify"
-    return verdict, "compared by math-verify"
+        return gold.split() == answer.split(), f"over {MAX_MATH_CHARS} characters: as text"
+    return same(normalise(gold), normalise(answer))
 
 
-class MathVerifyWorker:
-    """math-verify in a process of its own: one JSON line in, one line out.
+def same(gold: str, answer: str) -> tuple[bool, str]:
+    """`equal` of what is normalised already."""
+    if gold.replace("~", " ") == answer.replace("~", " "):
+        return True, "equal as text"
+    if LETTERS.fullmatch(gold):
+        return letters(gold) == letters(answer), "compared as option letters"
+    if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):  # case counts in m, Co and pH
+        alike = gold.replace("~", " ").casefold() == answer.replace("~", " ").casefold()
+        return alike and (len(gold) > 2 or gold.lower() in ("no", "on", "up")), "compared as words"
+    (gold, gold_unit), (answer, its_unit) = split_unit(gold), split_unit(answer)
+    if gold_unit and its_unit and gold_unit != its_unit:
+        return False, "another unit"
+    if (value := number(gold)) is not None and (said := number(answer)) is not None:
+        return said in (value, short_number(gold)), "compared as numbers"
+    if not pieces(gold) or not pieces(answer):
+        return False, "brackets that do not close"
+    if len(pieces(gold)) == len(pieces(answer)) == 1:
+        if (values := without_names(gold, answer)) is None:
+            return False, "an equation that does not say what the gold says"
+        if values != (gold, answer):
+            return same(*values)
+    (kind, golds), (its_kind, answers) = elements(gold), elements(answer)
+    if re.search(r"[<>]|\\[lg]eq", gold + answer) or golds == [gold] and answers == [answer]:
+        return same_formula(gold, answer)
+    if len(golds) == len(answers) == 1:
+        return same(golds[0], answers[0])
+    return same_lists(kind, golds, its_kind, answers), "compared as lists"
 
-    The process starts with the first question, and is killed when an answer hangs it.
+
+def same_lists(kind: str, golds: list[str], its_kind: str, answers: list[str]) -> bool:
+    """Whether all elements are equal: in any order, but between brackets or if they have names."""
+    kinds = {kind, its_kind} - {""}
+    if len(golds) != len(answers) or kind != its_kind and kinds not in ({"()"}, {r"\{\}"}):
+        return False
+    ordered, sides = not kinds <= {r"\{\}"}, []
+    for pairs in ([named(element) for element in side] for side in (golds, answers)):
+        names = {name for name, _ in pairs}
+        distinct = len(names) == len(pairs) and "" not in names
+        ordered |= distinct
+        sides.append(sorted(pairs) if distinct and names <= {*"xyz"} else pairs)
+    if all(name for pairs in sides for name, _ in pairs):
+        sides = [sorted(pairs) for pairs in sides]
+    left = [*sides[1]]
+    for name, value in sides[0]:
+        for place, (its_name, said) in enumerate(left[:1] if ordered else left):
+            if {name, its_name} - {""} <= {name or its_name} and same(value, said)[0]:
+                del left[place]
+                break
+        else:
+            return False
+    return True
+
+
+def without_names(gold: str, answer: str) -> tuple[str, str] | None:
+    r"""("3", "3") of "x=3" and "3"; the same two if nothing is to be taken off; None if unequal.
+
+    A chain as in "x=\frac{3}{6}=\frac{1}{2}" must be right in each number, and "8=7" names nothing.
     """
-
-    def __init__(self):
-        self.process, self.asked, self.lock = None, 0, threading.Lock()
-
-    def ask(self, gold: str, answer: str, timeout: float) -> bool | None:
-        """Whether math-verify finds the two equal; None after a crash or `timeout` seconds."""
-        with self.lock:  # one question at a time, whichever thread asks
-            if self.process is None or self.process.poll() is not None:
-                self._start()
-            self.asked += 1
-            question = json.dumps([self.asked, gold, answer]).encode() + b"\n"
-            try:
-                self.process.stdin.write(question)
-                self.process.stdin.flush()
-                reply = self._reply(timeout)
-            except BrokenPipeError:
-                reply = b""
-            if not reply.startswith(b"%d " % self.asked):
-                self._kill()
-                return None
-            return reply.endswith(b" 1\n")
-
-    def _start(self):
-        # this file imports nothing heavy, so that a new worker is cheap
-        command = [sys.executable, __file__, "--worker"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        # in a session of its own, Ctrl-C in the terminal does not reach it
-        self.process = subprocess.Popen(command, **pipes, start_new_session=True)
-        atexit.register(self.process.kill)
-        if self._reply(timeout=120.0) != b"ready\n":
-            self._kill()
-            raise RuntimeError("math-verify does not start: pip install -r requirements.txt")
-
-    def _reply(self, timeout: float) -> bytes:
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
-        return self.process.stdout.readline() if ready else b""
-
-    def _kill(self):
-        atexit.unregister(self.process.kill)
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process = None
+    (name, value), (its_name, said) = named(gold), named(answer)
+    equation = "=" in gold
+    if name and (name == its_name or "=" not in answer):
+        gold = value.split("=")[-1]
+    if its_name and (name == its_name or not equation):
+        *steps, answer = said.split("=")
+        if not all(re.search("[A-Za-z]", step) or same(gold, step)[0] for step in steps):
+            return None
+    exact, _, rounded = answer.partition(r"\approx")
+    if rounded and (not exact.strip() or number(exact) is None or number(rounded) is None):
+        answer = exact.strip() or rounded
+    sides = gold.split("="), answer.split("=")
+    if len(sides[0]) != len(sides[1]) or len(sides[1]) > 2:
+        return None
+    if len(sides[1]) == 2 and not re.search("[A-Za-z]", sides[1][0]):
+        return None
+    return gold.strip(" ~"), answer.strip(" ~")
 
 
-MATH_VERIFY = MathVerifyWorker()
-
-
-def worker() -> None:
-    """The worker process: answers questions from stdin until it is closed or killed."""
-    import resource
-
-    from math_verify import parse, verify
-
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is not a reply
-    with contextlib.suppress(ValueError, OSError):  # some systems do not allow lowering it
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        number, *texts = json.loads(line)
-        gold, answer = (parse(f"\\boxed{{{text}}}") for text in texts)
-        same = bool(gold) and bool(answer) and verify(gold, answer)
-        print(number, int(same), file=replies, flush=True)
+def same_formula(gold: str, answer: str) -> tuple[bool, str]:
+    """Of two that are neither numbers nor lists: ratios, and what math-verify can read."""
+    ratios = gold.split(":"), answer.split(":")
+    if len(ratios[0]) > 1 or len(ratios[1]) > 1:
+        alike = len(ratios[0]) == len(ratios[1]) and all(same(*pair)[0] for pair in zip(*ratios))
+        return alike, "compared as ratios"
+    commands = r"\\(?:begin|end)\{\w+\}|\\(?![lc]?dots)[A-Za-z]+(?:_\w)?"
+    for text in (gold, answer):
+        if UNCLEAR.search(re.sub(commands, r"\\", text)):
+            return False, "no clear LaTeX, and not equal as text"
+    return SYMPY.equal(gold, answer), "compared by math-verify"
 
 
 # ---- The command ----------------------------------------------------------------------
@@ -281,15 +328,12 @@ def main(gold: str | None = None, response: str | None = None, choices: list[str
         correct, reason = judge(text, right, options)
         prompt = SimpleNamespace(id="example", gold=right, choices=options)
         completion = SimpleNamespace(text=text, accuracy=float(correct), finished=True)
-        completion.token_ids = [ord(letter) for letter in text]
+        completion.answer, completion.token_ids = extract_answer(text), [*map(ord, text)]
         value = reward(prompt, completion)
         print(f"{'accept' if correct else 'reject':8} {value:<7.2f} {right:14} {text:34} {reason}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--worker"]:
-        worker()
-    else:
-        import tyro
+    import tyro
 
-        tyro.cli(main)
+    tyro.cli(main)

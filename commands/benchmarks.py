@@ -15,22 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from PIL import Image
 
 import verifier
-from plumbing import UsageError
-from plumbing.data import BOXED, MAX_ASPECT, fingerprint
+from plumbing import Unusable, UsageError
+from plumbing.data import fingerprint
+from plumbing.pictures import as_seen, open_image, undecoded
 from plumbing.rollout import Prompt
-
-
-class Unaskable(Exception):
-    """A row that cannot be asked or judged; the message says why."""
-
+from plumbing.rows import BOXED, MARKER, compose, listed, with_options
 
 # ---- Options --------------------------------------------------------------------------
 
 LISTED = re.compile(r"(?:Options|Choices?)\s*:")
-MARKER = r"(?:^|[\s,;；(]){}\s*[.:)．：]\s*"  # before an option: "A: 5 cm", "(A) 5 cm", "A. 5 cm"
 
 
 def lettered(text: str | None) -> list[str]:
@@ -52,7 +47,7 @@ def literal(text: str) -> list:
     """The list that a text spells in Python; empty if it spells none."""
     try:
         found = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return []
     return found if isinstance(found, list) else []
 
@@ -208,8 +203,6 @@ PAPER = {
 
 # ---- From a row to a prompt -----------------------------------------------------------
 
-MENTION = re.compile(r"\s*<image\s*(\d+)>\s*")
-
 
 @dataclass(frozen=True)
 class Item:
@@ -218,7 +211,7 @@ class Item:
     id: str
     unit: str  # items of one unit are scored together
     part: str
-    prompt: Callable[[], Prompt]  # decodes the images; raises Unaskable
+    prompt: Callable[[], Prompt]  # decodes the images; raises Unusable
 
 
 def items_of(name: str, data_dir: str | None) -> list[Item]:
@@ -228,6 +221,7 @@ def items_of(name: str, data_dir: str | None) -> list[Item]:
         UsageError: the data set cannot be loaded, or has other columns.
     """
     benchmark, rows, items = BENCHMARKS[name], open_rows(name, data_dir), []
+    rows = undecoded(rows, benchmark.images)
     try:
         for column in benchmark.images:
             if "Image" not in repr(rows.features[column]):
@@ -272,52 +266,28 @@ def open_rows(name: str, data_dir: str | None):
 
 
 def prompt_of(benchmark: Benchmark, id: str, rows, number: int, turn: int) -> Prompt:
-    """The prompt of a row, its options moved up by `turn` places; raises Unaskable."""
-    try:
-        row = rows[number]
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # all three are Pillow's
-        raise Unaskable("an image cannot be read") from error
+    """The prompt of a row, its options moved up by `turn` places; raises Unusable."""
+    row = rows[number]
     text = "\n".join(filled(row, *benchmark.question))
     gold, options = "".join(filled(row, benchmark.gold)).strip(), benchmark.options(row)
     if not text.strip() or not gold:
-        raise Unaskable("no question or no gold answer")
+        raise Unusable("no question or no gold answer")
     if options is not None:
         options = [str(option) for option in options]
         if len(options) < 2 or not all(option.strip() for option in options):
-            raise Unaskable("its options cannot be read")
+            raise Unusable("its options cannot be read")
         right = verifier.option_index(gold, options)
         if right is None:
-            raise Unaskable(f"gold {gold!r} names none of its {len(options)} options")
+            raise Unusable(f"gold {gold!r} names none of its {len(options)} options")
         options = options[turn:] + options[:turn]
         gold = chr(ord("A") + (right - turn) % len(options))
         if not benchmark.listed:
-            lines = [f"{chr(ord('A') + place)}. {option}" for place, option in enumerate(options)]
-            text = "\n".join([text, "Options:", *lines])
-    pictures = []
-    for column in benchmark.images:
-        pictures += row[column] if isinstance(row[column], list) else [row[column]]
+            text = with_options(text, options)
+    stored = [one for column in benchmark.images for one in listed(row[column]) or [None]]
+    pictures = [one and open_image(one, Path()) for one in stored]
+    if not any(pictures):
+        raise Unusable("an image is missing")
     content, images = compose(text, pictures, benchmark.placed)
     content.append({"type": "text", "text": f"\n{BOXED}"})
+    images = [as_seen(image) for image in images]
     return Prompt(id, [{"role": "user", "content": content}], images, gold, options)
-
-
-def compose(
-    text: str, images: list[Image.Image | None], placed: bool
-) -> tuple[list[dict], list[Image.Image]]:
-    """Chat content and its images: before the text, or where it mentions them, also twice."""
-    mentioned, texts = [], [text]
-    if placed:
-        pieces = MENTION.split(text)  # text, number, text, number, …, text
-        mentioned, texts = [int(number) - 1 for number in pieces[1::2]], pieces[::2]
-    there = [place for place, image in enumerate(images) if image is not None]
-    first = [place for place in there if place not in mentioned]
-    if not there or not {*mentioned} <= {*there}:
-        raise Unaskable("an image is missing")
-    used = [images[place] for place in first + mentioned]
-    if any(max(image.size) > MAX_ASPECT * min(image.size) for image in used):
-        raise Unaskable(f"an image is over {MAX_ASPECT} times as long as wide")
-    content = [{"type": "image"}] * len(first)
-    for place, piece in enumerate(texts):
-        content += [{"type": "image"}] if place else []
-        content += [{"type": "text", "text": piece}] if piece.strip() else []
-    return content, [image.convert("RGB") for image in used]

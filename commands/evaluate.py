@@ -29,15 +29,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 import verifier
-from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, Item, Unaskable, all_right, items_of
-from plumbing import UsageError, vllm_sampler
-from plumbing.checkpoints import write_aside
+from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, Item, all_right, items_of
+from plumbing import Unusable, UsageError, vllm_sampler
+from plumbing.checkpoints import checked
 from plumbing.command import command_line
 from plumbing.data import world_prompts
+from plumbing.encode import special_token
+from plumbing.files import append, json_lines, lock, make_directory, read_jsonl, write_aside
 from plumbing.lora import base_model_of
 from plumbing.model import Policy
 from plumbing.rollout import Prompt, batched
-from plumbing.run import derived_seed, read_jsonl
+from plumbing.run import derived_seed
 from plumbing.settings import WORLDS, ModelConfig, within
 
 
@@ -114,10 +116,8 @@ def open_predictions(config: EvaluateConfig, items: dict[str, list[Item]]) -> di
         UsageError: it is of another model, another sampling or another data set.
     """
     path = Path(config.out) / "predictions.jsonl"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (NotADirectoryError, FileExistsError) as error:
-        raise UsageError(f"--out {config.out}: is a file, not a directory") from error
+    make_directory(path.parent)
+    lock(path.parent)
     kept = ("model", "borrow_rate", "samples", "temperature", "max_new_tokens", "seed")
     header = {name: getattr(config, name) for name in kept}
     stored, *lines = read_jsonl(path) or [header]
@@ -133,12 +133,13 @@ def open_predictions(config: EvaluateConfig, items: dict[str, list[Item]]) -> di
             "choose another --out"
         )
     # also drops what a kill left of a last line
-    write_aside(path, "".join(json.dumps(line) + "\n" for line in [header, *lines]))
+    write_aside(path, json_lines([header, *lines]))
     return {line["id"]: line for line in lines}
 
 
 def load_sampler(config: EvaluateConfig) -> Policy | vllm_sampler.VLLMSampler:
-    model, whole = config.model_path, base_model_of(config.model_path)
+    model = checked(config.model_path)
+    whole = base_model_of(model)
     if config.sampler == "hf":
         return Policy(model, config.device, config.dtype)
     engine = vllm_sampler.VLLMSampler(whole, config.max_new_tokens, config.dtype)
@@ -165,8 +166,7 @@ def ask(config, name: str, items: list[Item], sampler, lines: dict[str, dict]) -
             seed = derived_seed(config.seed, "benchmark", name, number)
             new = answers(config, name, batch, sampler, seed)
             new = [line for line in new if line["id"] in missing]
-            with open(Path(config.out) / "predictions.jsonl", "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in new)
+            append(Path(config.out) / "predictions.jsonl", new)
             lines |= {line["id"]: line for line in new}
         bar.update(len(batch))
     bar.close()
@@ -177,8 +177,11 @@ def answers(config, name: str, batch: list[Item], sampler, seed: int) -> list[di
     lines, prompts = {item.id: {"benchmark": name, "id": item.id} for item in batch}, []
     for item in batch:
         try:
-            prompts.append(item.prompt())
-        except Unaskable as error:
+            prompt = item.prompt()
+            if token := special_token(prompt.messages, sampler.tokenizer):
+                raise Unusable(f"the special token {token} in its text")
+            prompts.append(prompt)
+        except Unusable as error:
             lines[item.id]["not_asked"] = str(error)
     sampling = config.samples, config.max_new_tokens, config.temperature, seed
     for group in sampler.sample(prompts, *sampling) if prompts else []:
@@ -195,8 +198,11 @@ def answers(config, name: str, batch: list[Item], sampler, seed: int) -> list[di
 
 
 def verdicts(line: dict) -> list[bool]:
-    """Whether each of an item's K answers is right."""
-    return [verifier.is_correct(text, line["gold"], line["choices"]) for text in line["responses"]]
+    """Whether each of an item's K answers is right; one that was cut off is not."""
+    return [
+        finished and verifier.is_correct(text, line["gold"], line["choices"])
+        for text, finished in zip(line["responses"], line["finished"])
+    ]
 
 
 def score(name: str, items: list[Item], lines: dict[str, dict]) -> tuple[list[list[float]], dict]:

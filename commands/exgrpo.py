@@ -27,11 +27,12 @@ from commands.luffy import centered_advantages, replaced_tokens, shaped_loss, ta
 from grpo import GRPOConfig, update
 from plumbing import UsageError
 from plumbing.command import command_line
+from plumbing.files import read_jsonl
 from plumbing.metrics import answer_metrics
 from plumbing.model import Policy
 from plumbing.report import report
 from plumbing.rollout import Completion, EncodedPrompt, Group, batched
-from plumbing.run import Run, derived_seed, read_jsonl
+from plumbing.run import Run, derived_seed
 from plumbing.settings import within
 
 
@@ -132,6 +133,13 @@ def train(config: ExGRPOConfig, out: Path) -> None:
         for line in read_jsonl(out / "experience.jsonl"):
             pool.add(line)
         past_steps = read_jsonl(out / "metrics.jsonl")
+        last, sizes = (past_steps or [{}])[-1], (len(pool.solved), len(pool.retired))
+        logged = last.get("exgrpo/pool", 0), last.get("exgrpo/retired", 0)
+        if run.step > run.start_step and (last.get("step"), logged) != (run.step, sizes):
+            raise UsageError(
+                f"--out {out}: metrics.jsonl and experience.jsonl, out of which it replays, are "
+                f"not those of step {run.step}; bring them back, or start over with --fresh"
+            )
         begun = any(line.get("accuracy", 0) > config.start_accuracy for line in past_steps)
         for step in run.steps():
             rng = random.Random(derived_seed(config.seed, "replay", step))

@@ -41,6 +41,7 @@ from plumbing import UsageError
 from plumbing.checkpoints import checkpoint_state
 from plumbing.data import load_prompts
 from plumbing.encode import image_parts, load_tokenizer, vision_token_ids
+from plumbing.files import lock, make_directory
 from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
 
@@ -109,7 +110,7 @@ class NPOTrainer(trl.GRPOTrainer):
             for row, ids, text, right in zip(self._asked, token_ids, texts, accuracies):
                 finished = ids[-1] in self.eos_token_ids
                 answer = Completion(row["prompt_id"], ids, None, text[0]["content"], finished)
-                answer.accuracy = right
+                answer.answer, answer.accuracy = verifier.extract_answer(answer.text), right
                 answer.reward = verifier.reward(prompt_of(row), answer)
                 answers.append(answer)
             self._taken = self._slots(prompt_ids, answers)
@@ -299,7 +300,9 @@ def make_trainer(arguments: Arguments, config: NPOConfig) -> NPOTrainer:
     rows = range(len(prompts))[: arguments.guide_prompts or None]
     processor = load_processor(ours.model_path)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        ours.model_path, dtype=torch.bfloat16 if config.bf16 else torch.float32
+        ours.model_path,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        trust_remote_code=False,
     )
     model.base_model.visual.requires_grad_(False)
     # a sampled image token breaks the training forward
@@ -323,6 +326,9 @@ def main() -> None:
     config.reward_weights = [verifier.ACCURACY_WEIGHT, verifier.FORMAT_WEIGHT]
     try:
         trainer = make_trainer(arguments, config)
+        if trainer.accelerator.is_main_process:
+            make_directory(Path(config.output_dir))
+            lock(Path(config.output_dir))
         trainer.train(resume_from_checkpoint=any(Path(config.output_dir).glob("checkpoint-*")))
     except (UsageError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -95,13 +95,17 @@ def twins() -> str:
     work = by_length(found["compare"], lambda row: field(row, "work"))
     share = by_length(found["choose_guide"], lambda row: f"{row['share of the pull']:.0%}")
     back = by_length(found["choose_rollback"], lambda row: f"{row['chosen']:.0%}")
-    then = by_length(found["choose_rollback"], lambda r: field(r, "B, rolled back", "B, gone on"))
+    then = by_length(
+        found["choose_rollback"],
+        lambda r: f"{field(r, 'B, rolled back')} ({field(r, 'B, gone on')})",
+    )
     return f"""Median steps from the middle of the plateau until B > .5 (95 % intervals over
 {found["runs"]} runs):
 
 {table("method " + header, steps)}
 
-The same by the expected pulls alone, without draws:
+The same by the expected pulls alone, without draws. For L = 3 they are too fast for the policy's
+own answers: there a success is a rare draw, which most runs wait for.
 
 {table("method " + header, field_of)}
 
@@ -113,9 +117,12 @@ AutoNPO's rule as a choice of *a guide for a fixed policy*: median share of the 
 
 {table("rule " + header, share)}
 
-As a choice of *a rollback for a fixed guide* (the policy when B first exceeds .2): how often each
-distance D is chosen, and then B after D steps, rolled back; gone on.
+As a choice of *a rollback for a fixed guide* (the policy when B first exceeds .2) it nearly always
+takes the smallest distance. How often each distance D is chosen:
 
 {table("D " + header, back)}
+
+And rolling back gains nothing here. B after D steps of replay, and (in brackets) after D more
+steps of plain GRPO:
 
 {table("D " + header, then)}"""

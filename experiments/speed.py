@@ -82,8 +82,10 @@ def trl_steps(folder: str) -> list[float]:
     settings = trl.GRPOConfig(folder, **batch, **loss, **machine, **quiet, disable_tqdm=True)
     # <unk> is never said, so every answer has 16 tokens
     load = transformers.AutoTokenizer.from_pretrained
-    tokenizer = load(cards.BASE, padding_side="left", eos_token="<unk>")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(cards.BASE)
+    tokenizer = load(cards.BASE, padding_side="left", eos_token="<unk>", trust_remote_code=False)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        cards.BASE, trust_remote_code=False
+    )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     path = Path(folder) / "prompts.jsonl"
     lines = [json.dumps({"prompt": prompt.messages}) + "\n" for prompt in text_prompts()]

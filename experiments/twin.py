@@ -235,4 +235,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import tyro
+
+    tyro.cli(main, description=__doc__)

@@ -1,22 +1,29 @@
 """Checkpoints and optimizers. The only place that writes or removes one.
 
 A checkpoint is an ordinary `save_pretrained` folder with `state.json` and `optimizer.pt`. It is
-written aside and renamed, so a kill leaves all of it or nothing.
+written aside and renamed, so a kill or a power cut leaves all of it or nothing. state.json holds
+the hashes of the other files, and what is read is compared with them.
 """
 
 import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from plumbing import UsageError
+from plumbing.files import file_hashes, is_locked, is_sealed, on_disk, seal_of, write_aside
 from plumbing.model import VIDEO_CONFIG, Policy
 
+NAME = r"step_([0-9]{6}|[1-9][0-9]{6,})"  # of a checkpoint's folder
+UNTRAINED = {"step": 0, "sampled_tokens": 0}
+BOOKKEEPING = ("files", "seal")  # of state.json
 SHARD = "5GB"  # of a checkpoint's safetensors
 MOMENT_BYTES = {  # of both of AdamW's moments of a weight
     torch.float64: 16,
@@ -33,15 +40,92 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def is_checkpoint(path: Path, end: str = "") -> bool:
+    """By its name: other folders are the user's own, and left alone."""
+    return bool(re.fullmatch(NAME + end, path.name)) and path.is_dir()
+
+
 def checkpoints(out: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first; one that is being written ends in .tmp."""
-    return [p for p in sorted(Path(out).glob("checkpoints/step_*")) if p.suffix != ".tmp"]
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(filter(is_checkpoint, Path(out).glob("checkpoints/*")), key=step_of)
+
+
+def clear_leftovers(out: Path) -> None:
+    """Removes what a kill left of checkpoints that were being written or removed."""
+    for path in out.glob("checkpoints/*.tmp"):
+        if is_checkpoint(path, ".tmp"):
+            shutil.rmtree(path)
 
 
 def checkpoint_state(path: str | Path) -> dict:
     """{"step", "sampled_tokens", ...} of a run's checkpoint; step 0 for any other model."""
-    state = Path(path) / "state.json"
-    return json.loads(state.read_text()) if state.is_file() else {"step": 0, "sampled_tokens": 0}
+    return {n: value for n, value in stored_state(Path(path)).items() if n not in BOOKKEEPING}
+
+
+def checkpoint_states(out: Path) -> dict[Path, dict]:
+    """The state of each of a run's checkpoints. One without state.json is left out, and told."""
+    found = checkpoints(out)
+    known = [path for path in found if (path / "state.json").is_file()]
+    if found and not known:
+        raise damaged(found[-1], "state.json is missing")
+    states = {path: checkpoint_state(path) for path in known}
+    for path in found:
+        if path not in states:
+            tqdm.write(f"{path}: has no state.json and is left out")
+        elif states[path]["step"] != step_of(path):
+            raise damaged(path, f"its state.json is of step {states[path]['step']}")
+    return states
+
+
+def stored_state(path: Path) -> dict:
+    """What state.json holds, with {"files": {name: hash}}; UsageError if that was changed."""
+    file = path / "state.json"
+    if not file.is_file() and is_checkpoint(path):
+        raise damaged(path, "state.json is missing")
+    try:
+        state = json.loads(file.read_bytes()) if file.is_file() else UNTRAINED
+        if not is_sealed(state):
+            raise ValueError("it was changed")
+        if state["step"] < 0 or state["sampled_tokens"] < 0:
+            raise ValueError("a number is below 0")
+        return state | {"files": dict(state.get("files", {}))}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise damaged(path, f"state.json: {error}") from error
+
+
+def write_state(path: Path, state: dict, files: dict[str, str]) -> None:
+    """Replaces state.json in one act, sealed, with the hashes of the other files."""
+    state = state | {"files": files}
+    write_aside(path / "state.json", json.dumps(state | {"seal": seal_of(state)}))
+
+
+def checked(path: str | Path, optimizer: bool = False) -> str | Path:
+    """The path itself, if its files are those that were saved; any other model's is not looked at.
+
+    Args:
+        optimizer: whether optimizer.pt counts. In a run that is not our own it may be gone.
+    """
+    folder = Path(path)
+    saved = stored_state(folder)["files"]
+    if not (optimizer and (is_locked(folder.parent.parent) or (folder / "optimizer.pt").exists())):
+        saved.pop("optimizer.pt", None)
+    files = [folder / name for name in saved]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise damaged(folder, f"{missing[0]} is missing")
+    for file, there, here in zip(files, saved.values(), file_hashes(files)):
+        if there != here:
+            raise damaged(folder, f"{file.name} is not what was saved")
+    return path
+
+
+def damaged(path: Path, reason: str) -> UsageError:
+    """What is told of a checkpoint that cannot be used, and what becomes of its run."""
+    out, remedy = path.parent.parent, "take another one"
+    if is_locked(out):  # the run that is being made, or its scout
+        steps = [step_of(other) for other in checkpoints(out) if other != path]
+        onwards = f"goes on from step {max(steps)}" if steps else "starts over"
+        remedy = f"move it away, and the same command {onwards}"
+    return UsageError(f"checkpoint {path} is damaged ({reason}); {remedy}")
 
 
 def checkpoint_beside(checkpoint: str | Path, step: int) -> Path:
@@ -53,13 +137,6 @@ def checkpoint_beside(checkpoint: str | Path, step: int) -> Path:
             "that has one of that step"
         )
     return path
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Replaces a text file in one act: a kill leaves the old one or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    aside.rename(path)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -91,10 +168,13 @@ def save_checkpoint(
         if policy.image_processor:
             policy.image_processor.save_pretrained(aside)
         policy.stock_generation_config.save_pretrained(aside)
-        (aside / "state.json").write_text(json.dumps(state))
         if policy.video_config:
             (aside / VIDEO_CONFIG).write_text(policy.video_config)
         torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+        files = sorted(aside.iterdir())
+        for file in files:
+            on_disk(file)
+        write_state(aside, state, dict(zip((f.name for f in files), file_hashes(files))))
     shutil.rmtree(path, ignore_errors=True)
     aside.rename(path)
 

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,14 +14,19 @@ from typing import Annotated
 from tqdm import tqdm
 
 from plumbing import UsageError
-from plumbing.checkpoints import write_aside
+from plumbing.files import LOCK, lock, make_directory, write_aside
+from plumbing.fingerprints import fingerprints
 from plumbing.settings import MAY_CHANGE_ON_RESUME
 
 
 def command_line(config_class, entry) -> None:
     """Reads the flags and runs `entry(config)`. What the user can mend ends in one line."""
-    config = read_flags(config_class, sys.modules["__main__"].__doc__)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # answers hold characters that a terminal may lack
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    config = None
     try:
+        config = read_flags(config_class, sys.modules["__main__"].__doc__)
         config.check()
         if config.dry_run:
             from plumbing import memory
@@ -36,16 +42,19 @@ def command_line(config_class, entry) -> None:
         tqdm.write(f"interrupted; {how_to_resume(config)} resumes")
         raise SystemExit(130) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
+        what, remedy = f"{error.filename}: {error.strerror}", "mend that"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what, remedy = f"no space left on the disk of --out {config.out}", "free some"
+        elif not error.filename:
+            what = (str(error) or type(error).__name__).splitlines()[0]
         raise SystemExit(
-            f"error: no space left on the disk of --out {config.out}; nothing finished is lost: "
-            f"free some, then {how_to_resume(config)} resumes"
+            f"error: {what}; nothing finished is lost: {remedy}, then {how_to_resume(config)} "
+            "resumes"
         ) from None
 
 
 def how_to_resume(config) -> str:
-    return "the same command without --fresh" if config.fresh else "the same command"
+    return "the same command" + (" without --fresh" if config and config.fresh else "")
 
 
 def read_flags(config_class, description: str | None, arguments: list[str] | None = None):
@@ -86,48 +95,64 @@ def flag_comments(config_class) -> dict[str, tuple[str, str]]:
 
 
 def open_directory(config, out: Path) -> None:
-    """Makes the directory, or checks that it holds a run of the same configuration."""
+    """Makes the directory, or checks that it holds a run of the same configuration, data, model.
+
+    From then on no other process writes there.
+    """
     mine, theirs = json.loads(json.dumps(dataclasses.asdict(config))), stored_config(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (NotADirectoryError, FileExistsError) as error:
-        raise UsageError(f"--out {out}: is a file, not a directory; choose another one") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise UsageError(f"--out {out}: {error.strerror}; choose another one") from error
-    inside = {path.name for path in out.iterdir()} - {"config.json.tmp"}
+    make_directory(out)
+    inside = {path.name for path in out.iterdir()} - {"config.json.tmp", LOCK}
     if theirs is None and inside:
         raise UsageError(f"--out {out}: holds files but no run; choose another directory")
-    written = {path.name for path in out.rglob("*") if path.is_file()}
-    if written - {"config.json", "config.json.tmp"}:  # else it never began: all may change
-        differ = [
-            name
-            for name in mine
-            if name not in MAY_CHANGE_ON_RESUME and theirs.get(name, mine[name]) != mine[name]
-        ]
+    lock(out)
+    known = out / "fingerprints.json"
+    written = {path.name.removesuffix(".tmp") for path in out.rglob("*") if path.is_file()}
+    begun = written - {LOCK, "config.json", known.name}  # else all may change
+    if begun:
+        differ = differing(theirs, mine)
+        differ = {name: both for name, both in differ.items() if name not in MAY_CHANGE_ON_RESUME}
         if "steps" in differ and theirs["steps"] < mine["steps"]:
-            differ.remove("steps")  # a run may go on for longer
-        if differ or theirs.keys() != mine.keys():
-            values = (f"{name} {theirs[name]} there and {mine[name]} here" for name in differ)
-            raise UsageError(
-                f"--out {out}: holds a run with another configuration "
-                f"({', '.join(values) or 'of another method or version'}); choose another --out, "
-                "or start over with --fresh"
-            )
+            del differ["steps"]  # a run may go on for longer
+        moved = {"dataset"} if known.is_file() else set()  # the same data by another path may go on
+        if differ.keys() - moved or theirs.keys() != mine.keys():
+            raise another_run(out, differ)
+    prints = fingerprints(config)
+    if begun and (differ := differing(stored_json(known), prints)):
+        raise another_run(out, differ)
     write_aside(out / "config.json", json.dumps(mine, indent=2) + "\n")
+    write_aside(known, json.dumps(prints, indent=2) + "\n")
+
+
+def differing(theirs: dict, mine: dict) -> dict[str, tuple]:
+    return {n: (theirs[n], value) for n, value in mine.items() if theirs.get(n, value) != value}
+
+
+def another_run(out: Path, differ: dict[str, tuple]) -> UsageError:
+    values = (f"{name} {there} there and {here} here" for name, (there, here) in differ.items())
+    return UsageError(
+        f"--out {out}: holds a run with another configuration "
+        f"({', '.join(values) or 'of another method or version'}); choose another --out, "
+        "or start over with --fresh"
+    )
 
 
 def stored_config(out: Path) -> dict | None:
     """The configuration of the run in a directory; a model's config.json is none."""
-    path = Path(out) / "config.json"
+    stored = stored_json(Path(out) / "config.json")
+    return stored if "prompts_per_step" in stored else None
+
+
+def stored_json(path: Path) -> dict:
+    """The object in a file; none of its names if there is no file."""
     try:
         stored = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+        if not isinstance(stored, dict):
+            raise ValueError("it is no object")
+        return stored
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{path}: is not JSON ({error}); mend it, or choose another --out"
         ) from error
-    return stored if isinstance(stored, dict) and "prompts_per_step" in stored else None
 
 
 def start_over(config) -> None:
@@ -135,6 +160,8 @@ def start_over(config) -> None:
     out = Path(config.out).resolve()
     if stored_config(out) is None:
         return
+    for inside in (out, *(path.parent for path in out.rglob(LOCK))):
+        lock(inside)  # nobody writes there, nor in its scout
     for flag in ("model", "dataset", "guide", "start"):
         path = Path(getattr(config, flag, None) or ".").resolve()
         if out == path or out in path.parents:

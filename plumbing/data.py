@@ -3,28 +3,34 @@
 `Prompt.id` is the data set's fingerprint (a hash of all its questions and golds) and the row. It
 means the same prompt in every run, on every machine, so a guide cache is only ever used with the
 prompts that it was made for. Rows that cannot be asked or judged are dropped and counted
-(`PromptSet.dropped`), which changes no other prompt's id.
+(`PromptSet.dropped`), which changes no other prompt's id. docs/data.md lists the reasons.
 """
 
 import functools
 import hashlib
-import re
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import verifier
-from plumbing import UsageError
-from plumbing.encode import MAX_IMAGES, image_parts, load_tokenizer, prompt_length
+from plumbing import Unusable, UsageError
+from plumbing.encode import (
+    MAX_IMAGES,
+    image_parts,
+    is_lfs_pointer,
+    load_tokenizer,
+    prompt_length,
+    rendered,
+    special_token,
+)
+from plumbing.pictures import NO_IMAGE, as_seen, columns_of_pictures, undecoded
 from plumbing.rollout import Prompt
+from plumbing.rows import MORE_MARKS, read_row
 from worlds import cards, staircase
 
-BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 COLUMNS = {"prompt": "problem", "images": "images", "answer": "answer", "choices": ""}  # geometry3k
 HUB_COLUMNS = {  # of data sets on the hub that name them differently
     "OpenDataArena/MMFineReason-SFT-123K-Qwen3-VL-235B-Thinking": "prompt=question,images=image",
@@ -33,65 +39,72 @@ HUB_COLUMNS = {  # of data sets on the hub that name them differently
 }
 HUB_CONFIGS = {"open-r1/DAPO-Math-17k-Processed": "en"}  # of data sets that have several
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-NO_IMAGE = "an image missing or unreadable"
-MAX_ASPECT = 200  # Qwen's image processor refuses a longer or narrower picture
-
-
-class Unusable(Exception):
-    """A row that cannot be asked or judged."""
-
-    def __init__(self, reason: str, remedy: str):
-        """`remedy` is what to do where this holds for all rows."""
-        super().__init__(reason)
-        self.reason, self.remedy = reason, remedy
+LONGEST_TOKEN = 128  # characters, in Qwen's vocabulary
+MAX_SHOWN = 1200  # characters of the prompt that is shown at the start
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts that are made when asked for: images are decoded a batch at a time."""
+    """Prompts that are made when asked for: images are decoded a batch at a time.
+
+    A row whose pixels turn out to be broken is replaced by the next one, with that one's id: the
+    same in every run, in a guide cache and in an evaluation.
+    """
 
     fingerprint: str
     rows: Sequence
-    make: Callable[[str, object], Prompt]  # (id, row) -> prompt
+    make: Callable[[str, object], Prompt]  # (id, row) -> prompt; raises Unusable
     kept: Sequence[int]  # the numbers of the rows that are asked
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> number of rows
     parts: Sequence[str] = ()  # of a world that has several: the part of each row
+    replaced: set[int] = field(default_factory=set)  # rows whose pixels are broken, so far
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitem__(self, place: int) -> Prompt:
-        row = self.kept[place]
-        return self.make(f"{self.fingerprint}:{row}", self.rows[row])
+        first = range(len(self))[place]  # IndexError behind the last, which ends a loop
+        for step in range(len(self)):
+            row = self.kept[(first + step) % len(self)]
+            try:
+                return self.make(f"{self.fingerprint}:{row}", self.rows[row])
+            except Unusable as error:
+                if row not in self.replaced:
+                    self.replaced.add(row)
+                    tqdm.write(
+                        f"{self.fingerprint}:{row} is left out ({error}{error.shown}), the next "
+                        f"row asked in its place; so far {len(self.replaced)} of {len(self)}"
+                    )
+        raise UsageError(f"{self.fingerprint}: no row can be read")
 
 
 def load_prompts(config) -> tuple[PromptSet, PromptSet]:
-    """Training and held-out prompts of a configuration, read once per process."""
+    """Training and held-out prompts of a configuration, read and introduced once per process."""
+    world = config.borrows if config.in_world else 0
     limits = config.eval_prompts, config.max_prompt_tokens
-    if config.in_world:
-        world = config.dataset, config.borrows
-        return world_prompts(*world, "train"), world_prompts(*world, "held_out", limits[0])
-    return _load_prompts(config.dataset, config.columns, *limits, config.model_path)
+    return _load_prompts(config.dataset, world, config.columns, *limits, config.model_path)
 
 
 @functools.lru_cache(maxsize=2)
-def _load_prompts(dataset: str, columns: str, eval_prompts: int, max_tokens: int, model: str):
-    names = COLUMNS | parse_columns(HUB_COLUMNS.get(dataset, "")) | parse_columns(columns)
-    rows = open_dataset(dataset)
-    if len(rows) <= eval_prompts:
-        raise UsageError(
-            f"{dataset}: {len(rows)} rows, and --eval-prompts {eval_prompts} would hold out all of "
-            "them; lower it"
-        )
+def _load_prompts(
+    dataset: str, world: int, columns: str, eval_prompts: int, max_tokens: int, model: str
+):
     parts = load_tokenizer(model), *image_parts(model)
-    folder = Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent
-    cut, sets = len(rows) - eval_prompts, []
-    for name, chosen in (("training", range(cut)), ("held-out", range(cut, len(rows)))):
-        prompts = dataset_prompts(dataset, rows.select(chosen), names, folder, max_tokens, parts)
-        if prompts.dropped:
-            tqdm.write(f"{dataset}: {len(prompts)} {name} prompts; {counts(prompts.dropped)}")
-        sets.append(prompts)
-    return tuple(sets)
+    if world and parts[1] is None:
+        raise UsageError(f"--dataset {dataset}: asks about pictures, and {model} reads text only")
+    if world:
+        train = world_prompts(dataset, world, "train")
+        sets = train, world_prompts(dataset, world, "held_out", eval_prompts)
+        sizes = f"{len(train)} training and {len(sets[1])} held-out prompts"
+        tqdm.write(f"{dataset}: {sizes}, each with a picture")
+    else:
+        sets = dataset_prompts(dataset, columns, eval_prompts, max_tokens, parts)
+    first = sets[0][0]
+    text = rendered(first.messages, parts[0], parts[2])
+    if len(text) > MAX_SHOWN:
+        text = f"{text[: MAX_SHOWN // 2]} […] {text[-MAX_SHOWN // 2 :]}"
+    tqdm.write(f"{dataset}: the first prompt, as it is sent: {text!r}; its gold: {first.gold!r}")
+    return sets
 
 
 @functools.lru_cache(maxsize=2)
@@ -115,168 +128,136 @@ def world_prompts(name: str, borrows: int, split: str, count: int | None = None)
 
 
 def dataset_prompts(
-    dataset: str, data, columns: dict[str, str], folder: Path, max_tokens: int, parts: tuple
-) -> PromptSet:
-    """The prompts of a data set's rows.
+    dataset: str, columns: str, eval_prompts: int, max_tokens: int, parts: tuple
+) -> tuple[PromptSet, PromptSet]:
+    """The training prompts of a data set, and its last `eval_prompts` rows, held out.
 
     Args:
-        data: rows, as `datasets` has them.
-        columns: the data set's name for each key of `COLUMNS`.
-        folder: where the paths of its images start.
+        columns: as in --columns.
         max_tokens: longer prompts are dropped; 0 for no limit.
         parts: tokenizer, image processor and image token id that lengths are measured with.
     """
-    import datasets
+    names = COLUMNS | parse_columns(HUB_COLUMNS.get(dataset, "")) | parse_columns(columns)
+    data, folder = open_dataset(dataset), Path(dataset)
+    folder = folder if folder.is_dir() else folder.parent
+    cut = len(data) - eval_prompts
+    if cut <= 0:
+        raise UsageError(
+            f"{dataset}: {len(data)} rows, and --eval-prompts {eval_prompts} would hold out all of "
+            "them; lower it"
+        )
+    check_columns(dataset, data, names)
+    kind = data.features[names["answer"]]
+    used = dict.fromkeys(column for column in names.values() if column in data.column_names)
+    data = undecoded(data.select_columns(list(used)), [names["images"]])
+    asked = [names[role] for role in ("prompt", "answer", "choices") if names[role] in used]
 
+    def make(id: str, row: dict) -> Prompt:
+        try:
+            messages, images, gold, choices = read_row(row, names, folder, kind)
+        except Unusable as error:
+            raise UsageError(
+                f"{dataset}: {id} has changed since the start ({error}{error.shown})"
+            ) from error
+        return Prompt(id, messages, [as_seen(image) for image in images], gold, choices)
+
+    def check(row: dict) -> tuple[int, str]:
+        return check_row(row, names, folder, kind, max_tokens, parts)
+
+    sets, keys = [], []
+    for name, rows in (("training", range(cut)), ("held-out", range(cut, len(data)))):
+        some = data.select(rows)
+        kept, dropped, found = check_rows(f"{dataset}, {name}", zip(rows, some), check)
+        id = f"{Path(dataset).name}-{fingerprint(zip(*(some[column] for column in asked)))}"
+        sets.append(PromptSet(id, data, make, kept, dropped))
+        keys.append(found)
+    trained = set(keys[0])
+    if same := sum(key in trained for key in keys[1]):
+        tqdm.write(
+            f"{dataset}: {same} held-out prompts are training prompts, too, by text and gold"
+        )
+    return tuple(sets)
+
+
+def check_columns(dataset: str, data, columns: dict[str, str]) -> None:
+    """Raises UsageError for a column that is not there, or one of pictures that nobody reads."""
     for role, column in columns.items():
-        optional = column == COLUMNS[role] and role in ("images", "choices")
+        optional = role in ("images", "choices") and column in ("", COLUMNS[role])
         if column not in data.column_names and not optional:
             raise UsageError(
                 f"{dataset}: no column {column!r} for {role}; it has "
                 f"{', '.join(data.column_names)}; map them, as in "
                 f"--columns {role}={data.column_names[0]}"
             )
-    asked = zip(data[columns["prompt"]], data[columns["answer"]])
-    name = f"{Path(dataset).name}-{fingerprint(asked)}"
-    used = dict.fromkeys(column for column in columns.values() if column in data.column_names)
-    data = data.select_columns(list(used))
-    feature = data.info.features.get(columns["images"])
-    feature = getattr(feature, "feature", feature)  # of a list's elements
-    if isinstance(feature, datasets.Image):
-        feature.decode = False  # checking 100,000 rows reads the images' headers, not the pixels
-
-    def make(id: str, row: dict) -> Prompt:
-        try:
-            messages, images, gold, choices = read_row(row, columns, folder)
-            images = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
-        except (Unusable, OSError, SyntaxError) as error:  # Pillow raises both for broken pixels
+    if columns["images"] and columns["images"] not in data.column_names:
+        used = [column for column in columns.values() if column in data.column_names]
+        if unread := columns_of_pictures(data, used):
             raise UsageError(
-                f"{dataset}: {id} cannot be read ({error.args[0]}); mend or remove that row"
-            ) from error
-        return Prompt(id, messages, images, gold, choices)
-
-    def check(row: dict) -> int:
-        return check_row(row, columns, folder, max_tokens, parts)
-
-    kept, dropped = check_rows(dataset, data, check)
-    return PromptSet(name, data, make, kept, dropped)
+                f"{dataset}: pictures in {', '.join(unread)} would not be asked; name their "
+                f"column, one list for each row where there are several, as in --columns "
+                f"images={unread[0]}, or none, --columns images="
+            )
 
 
-def check_rows(dataset: str, data, check: Callable) -> tuple[list[int], dict[str, int]]:
-    """The numbers of the usable rows, and how many are not, for which reason.
+def check_rows(name: str, rows: Iterable[tuple[int, dict]], check: Callable) -> tuple:
+    """The numbers of the usable rows, how many are not, by reason, and a key of each usable one.
 
     Raises:
         UsageError: none is usable, or so many lack an image that its column must be wrong.
     """
-    kept, dropped, remedies, images = [], Counter(), {}, 0
-    for number, row in enumerate(tqdm(data, desc=f"checking {dataset}", leave=False, delay=3)):
+    kept, keys, dropped, first, pictured = [], [], Counter(), {}, 0
+    for number, row in tqdm(rows, desc=f"checking {name}", leave=False, delay=3):
         try:
-            images += check(row)
+            images, key = check(row)
+            pictured += images > 0
             kept.append(number)
+            keys.append(key)
         except Unusable as error:
             dropped[error.reason] += 1
-            remedies[error.reason] = error.remedy
-    no_pictures = not images and dropped[NO_IMAGE] > len(data) // 10
-    if no_pictures or not kept:
-        worst = NO_IMAGE if no_pictures else max(dropped, key=dropped.get, default=None)
-        raise UsageError(
-            f"{dataset}: {len(data)} rows, {counts(dropped) or 'nothing to ask'}; "
-            f"{remedies.get(worst, 'choose another data set')}"
-        )
-    return kept, dict(dropped)
+            first.setdefault(error.reason, (number, error))
+    found = [
+        f"{count} dropped: {reason} (row {first[reason][0]}{first[reason][1].shown})"
+        for reason, count in dropped.items()
+    ]
+    total = len(kept) + dropped.total()
+    blind = [] if pictured else [r for r in (NO_IMAGE, MORE_MARKS) if r in dropped]
+    if sum(dropped[reason] for reason in blind) > total // 10 or not kept:
+        worst = max(blind or dropped, key=dropped.get)
+        raise UsageError(f"{name}: {total} rows, {', '.join(found)}; {first[worst][1].remedy}")
+    tqdm.write(", ".join([f"{name}: {len(kept)} prompts, {pictured} with pictures", *found]))
+    return kept, dict(dropped), keys
 
 
-def check_row(row: dict, columns: dict, folder: Path, max_tokens: int, parts: tuple) -> int:
-    """How many images a row has; raises Unusable."""
-    messages, images, _, _ = read_row(row, columns, folder)
+def check_row(
+    row: dict, columns: dict, folder: Path, kind, max_tokens: int, parts: tuple
+) -> tuple[int, str]:
+    """How many images a row has, and what is the same for the same prompt; raises Unusable."""
+    messages, images, gold, _ = read_row(row, columns, folder, kind)
     sizes = [image.size for image in images]
     for image in images:
         image.close()
-    if any(max(size) > MAX_ASPECT * min(size) for size in sizes):
-        raise Unusable(f"an image over {MAX_ASPECT} times as long as wide", "cut the images")
+    if sizes and parts[1] is None:
+        remedy = "take a --model that reads images, such as Qwen/Qwen3-VL-8B-Instruct"
+        raise Unusable("a picture, which a text model cannot read", remedy)
     if len(sizes) > MAX_IMAGES:
         raise Unusable(f"over {MAX_IMAGES} images", "ask about fewer")
+    too_long = Unusable(f"over {max_tokens} tokens", "raise --max-prompt-tokens")
+    characters = sum(len(part.get("text", "")) for part in messages[0]["content"])
+    if characters > LONGEST_TOKEN * max_tokens > 0:
+        raise too_long  # counting the tokens of 10 MB would take a minute
+    if token := special_token(messages, parts[0]):
+        raise Unusable("a special token of the tokenizer in its text", "remove it", got=token)
     try:
         length = prompt_length(messages, sizes, *parts) if max_tokens else 0
     except UsageError as error:
-        remedy = "remove marks such as <|image_pad|> from the questions"
-        raise Unusable("an image token in its text", remedy) from error
-    if length > max_tokens:
-        raise Unusable(f"over {max_tokens} tokens", "raise --max-prompt-tokens")
-    return len(sizes)
-
-
-def counts(dropped: dict[str, int]) -> str:
-    """As in "12 dropped: over 4096 tokens, 3 dropped: no verifiable gold"."""
-    return ", ".join(f"{count} dropped: {reason}" for reason, count in dropped.items())
-
-
-def read_row(
-    row: dict, columns: dict[str, str], folder: Path
-) -> tuple[list[dict], list[Image.Image], str, list[str] | None]:
-    """Messages, images (of which only the headers are read yet), gold, options; raises Unusable."""
-    question, gold = row[columns["prompt"]], gold_text(row[columns["answer"]])
-    choices = row.get(columns["choices"]) or None
-    stored = row.get(columns["images"]) or []
-    stored = stored if isinstance(stored, list) else [stored]
-    if not isinstance(question, str) or not (question.strip() or stored):
         raise Unusable(
-            "no question", "prompts are texts: name their column, as in --columns prompt=question"
-        )
-    listed = choices if isinstance(choices, list) else [None]
-    if choices and not all(isinstance(choice, str) for choice in listed):
-        raise Unusable(
-            "options are no list of texts",
-            "name another column of options, or none: --columns choices=",
-        )
-    if gold is None or (choices and verifier.option_index(gold, choices) is None):
-        raise Unusable(
-            "no verifiable gold",
-            f"golds are texts or numbers of up to {verifier.MAX_MATH_CHARS} characters, or, with "
-            "options, a letter or an option's text: name another column, as in --columns answer=x",
-        )
-    texts = re.split(r"\s*<image>\s*", question)
-    unplaced = len(stored) - (len(texts) - 1)
-    if unplaced < 0:
-        raise Unusable(
-            "more <image> marks than images",
-            "name the images' column, as in --columns images=image",
-        )
-    content = [{"type": "image"}] * unplaced  # images that the text does not place come first
-    for place, text in enumerate(texts):
-        content += [{"type": "image"}] if place else []
-        content += [{"type": "text", "text": text}] if text else []
-    content.append({"type": "text", "text": f"\n{BOXED}"})
-    images = [open_image(one, folder) for one in stored]
-    return [{"role": "user", "content": content}], images, gold, choices
-
-
-def gold_text(answer) -> str | None:
-    """What answers are compared with, out of its \\boxed{…} or <answer> tags, if it has any.
-
-    None where nothing can equal it.
-    """
-    if not isinstance(answer, str | int | float) or answer != answer:  # a table's nan is nothing
-        return None
-    gold = str(answer)
-    if "\\boxed" in gold or "<answer>" in gold:
-        one = gold.count("\\boxed") < 2  # of two boxes, neither is the answer
-        gold = (verifier.extract_answer(gold) if one else None) or ""
-    return gold if gold.strip() and len(gold) <= verifier.MAX_MATH_CHARS else None
-
-
-def open_image(stored: str | dict, folder: Path) -> Image.Image:
-    """An image, from a path or `datasets`' {"bytes", "path"}; its pixels are read later."""
-    try:
-        stored = {"bytes": None, "path": stored} if isinstance(stored, str) else stored
-        in_file = stored["bytes"] is None
-        return Image.open(folder / stored["path"] if in_file else BytesIO(stored["bytes"]))
-    # missing, no picture, a column of something else, a null character, billions of pixels
-    except (OSError, TypeError, KeyError, ValueError, Image.DecompressionBombError) as error:
-        raise Unusable(
-            NO_IMAGE,
-            "images are pictures, or paths from the data file's folder on: unpack them there",
+            "a chat template that does not show its pictures",
+            "copy chat_template.jinja of the base model",
+            got=error,
         ) from error
+    if length > max_tokens:
+        raise too_long
+    return len(sizes), fingerprint([messages, gold, sizes])
 
 
 def fingerprint(items: Iterable) -> str:
@@ -306,13 +287,32 @@ def open_dataset(name: str):
     if Path(name).is_file() and not kind:
         raise UsageError(f"--dataset {name}: cannot be read; only {', '.join(FILE_TYPES)} can")
     try:
-        if Path(name).is_file():
+        if kind:
             return datasets.load_dataset(kind, data_files=name, split="train")
         return datasets.load_dataset(name, HUB_CONFIGS.get(name), split="train")
     except Exception as error:  # datasets raises a dozen types for not there, no split, no network
-        reason = (str(error.__cause__ or error).strip() or "it may be empty").splitlines()[0]
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        if kind:
+            reason = fault_of(Path(name), reason)
+            raise UsageError(f"--dataset {name}: cannot be loaded ({reason})") from error
         raise UsageError(
             f"--dataset {name}: cannot be loaded ({type(error).__name__}: {reason}); check the "
             'name and that it has a split "train". Without a network, give a data file or a '
             "folder, or set HF_HOME to the cache of a machine that has loaded it"
         ) from error
+
+
+def fault_of(path: Path, reason: str) -> str:
+    """What is wrong with a data file, where `datasets` does not say it well."""
+    content = path.read_bytes()
+    if not content.strip(b"[]{} \r\n") or "corresponds to no data" in reason:
+        return "it holds no rows"
+    if is_lfs_pointer(path):
+        return "it is a Git LFS pointer; git lfs pull brings it"
+    lines = content.splitlines() if path.suffix.startswith(".json") else []
+    for number, line in enumerate([content] if content.lstrip()[:1] == b"[" else lines, 1):
+        try:
+            json.loads(line.strip() or "null")
+        except ValueError as error:
+            return f"line {number}: {error}"
+    return reason

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
@@ -11,6 +12,7 @@ from plumbing.lora import adapter_rank, base_model_of
 from plumbing.rollout import EncodedPrompt, Prompt
 
 MAX_IMAGES = 16  # in one prompt: vLLM reserves room for as many
+MODEL_FILE = re.compile(r".+\.(json|jinja|safetensors|txt)")  # that is read
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -19,33 +21,66 @@ def load_tokenizer(path: str | Path):
         raise UsageError(
             f"model {path}: there is no such folder; give a hub id or a save_pretrained folder"
         )
+    if Path(path).is_dir():
+        check_files(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise a dozen types
         raise UsageError(
-            f"model {path}: its tokenizer cannot be loaded ({reason}); "
+            f"model {path}: its tokenizer cannot be loaded ({first_line(error)}); "
             "give a hub id or a save_pretrained folder"
         ) from error
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"model {path}: no chat template; copy chat_template.jinja of its base model there"
+        )
+    return tokenizer
+
+
+def check_files(folder: Path) -> None:
+    """UsageError if a model's folder has no tokenizer, or Git LFS has not brought its files."""
+    files = {file.name for file in folder.iterdir() if file.is_file()}
+    for name in filter(MODEL_FILE.fullmatch, sorted(files)):
+        if is_lfs_pointer(folder / name):
+            raise UsageError(f"model {folder}: {name} is a Git LFS pointer; git lfs pull brings it")
+    if not (files & {"tokenizer.json", "vocab.json"} and "tokenizer_config.json" in files):
+        raise UsageError(
+            f"model {folder}: no tokenizer; copy tokenizer_config.json and tokenizer.json of its "
+            "base model there, or give a hub id or a save_pretrained folder"
+        )
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether Git LFS left a note in the file's place."""
+    with open(path, "rb") as file:
+        return file.read(23) == b"version https://git-lfs"
 
 
 def image_parts(path: str | Path) -> tuple:
     """A model's image processor and the id of its image token, both None for a text model."""
     try:
-        config = AutoConfig.from_pretrained(base_model_of(path))
-        if not hasattr(config, "vision_config"):
+        shape = config_of(path)
+        if not hasattr(shape, "vision_config"):
             return None, None
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")  # without torchvision
-        return processor, config.image_token_id
-    except (OSError, ValueError, AttributeError) as error:
+        # "pil" does without torchvision
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        return processor, shape.image_token_id
+    except Exception as error:
         raise unloadable(path, error) from error
 
 
+def config_of(path: str | Path):
+    return AutoConfig.from_pretrained(base_model_of(path), trust_remote_code=False)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unloadable(path: str | Path, error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines()[0]
     return UsageError(
-        f"model {path}: cannot be loaded ({reason}); give a hub id or a save_pretrained folder "
-        "of a text model, or of an image-text-to-text model with its image processor"
+        f"model {path}: cannot be loaded ({first_line(error)}); give a hub id or a save_pretrained "
+        "folder of a text model, or of an image-text-to-text model with its image processor"
     )
 
 
@@ -74,11 +109,14 @@ def check_start(start: str | Path, model: str | Path, lora: int = 0) -> None:
     """UsageError if a checkpoint is not one of `model`: other tokens, another size or rank."""
     found = []
     for path, rank in ((start, adapter_rank(start)), (model, adapter_rank(model) or lora)):
-        text = AutoConfig.from_pretrained(base_model_of(path)).get_text_config()
+        text = config_of(path).get_text_config()
         tokens = tokenizer_fingerprint(load_tokenizer(path))
         found.append((text.hidden_size, text.num_hidden_layers, tokens, rank))
     if found[0] != found[1]:
-        raise UsageError(f"--start {start}: is no checkpoint of --model {model} --lora {lora}")
+        raise UsageError(
+            f"--start {start}: is no checkpoint of --model {model} --lora {lora}: its size, tokens "
+            "or rank differ; give the --model and --lora of its run"
+        )
 
 
 def encode(prompt: Prompt, tokenizer, image_processor, image_token_id) -> EncodedPrompt:
@@ -98,17 +136,23 @@ def encode(prompt: Prompt, tokenizer, image_processor, image_token_id) -> Encode
     return EncodedPrompt(expanded, pixels.pixel_values, pixels.image_grid_thw)
 
 
+def rendered(messages: list[dict], tokenizer, image_token_id: int | None) -> str:
+    """The prompt as text, through the chat template; an image is one token yet."""
+    if image_token_id is None:  # the templates of text models take texts, not parts
+        messages = [m | {"content": "".join(p["text"] for p in m["content"])} for m in messages]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def special_token(messages: list[dict], tokenizer) -> str | None:
+    """One in a text, where it could end a turn or stand for a picture; the template has its own."""
+    texts = [part.get("text", "") for message in messages for part in message["content"]]
+    tokens = filter(str.strip, tokenizer.get_added_vocab())
+    return next((token for token in tokens if any(token in text for text in texts)), None)
+
+
 def placeholder_ids(prompt: Prompt, tokenizer, image_token_id: int | None) -> list[int]:
     """The rendered chat template's token ids, with one image token per image."""
-    messages = prompt.messages
-    if image_token_id is None:  # the templates of text models take texts, not parts
-        if prompt.images:
-            raise UsageError(
-                f"prompt {prompt.id}: has {len(prompt.images)} images, and --model is a text "
-                "model; take one that reads images, such as Qwen/Qwen3-VL-8B-Instruct"
-            )
-        messages = [m | {"content": "".join(p["text"] for p in m["content"])} for m in messages]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = rendered(prompt.messages, tokenizer, image_token_id)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if ids.count(image_token_id) != len(prompt.images):
         raise UsageError(

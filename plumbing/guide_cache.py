@@ -6,7 +6,7 @@ guide does not solve has a line without answers, so the file also measures the g
 It is whole when it has as many lines as its header says; a file cut short by a kill is continued.
 """
 
-import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 import verifier
 from plumbing import UsageError
-from plumbing.checkpoints import checkpoint_state
+from plumbing.checkpoints import checked, checkpoint_state
 from plumbing.data import load_prompts
-from plumbing.encode import load_tokenizer, tokenizer_fingerprint
+from plumbing.encode import config_of, load_tokenizer, tokenizer_fingerprint, vision_token_ids
+from plumbing.files import append, is_sealed, json_lines, read_jsonl, seal_of, write_aside
 from plumbing.model import Policy
 from plumbing.rollout import Completion, Group
-from plumbing.run import derived_seed, read_jsonl, sampled_tokens, sampler_of
+from plumbing.run import derived_seed, sampled_tokens, sampler_of
 
-VERSION = 2  # of the file's format
+VERSION = 3  # of the file's format
 
 
 @dataclass
@@ -78,13 +79,13 @@ def build_guide_cache(
         "guide_sampled_tokens": state["sampled_tokens"],
         "until": until,
         "prompts": len(rows),
-        "rows": f"{derived_seed(rows):x}",
         "samples": config.guide_samples,
         "keep": keep,
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
     }
+    header["seal"] = seal_of(header, rows)
     lines = read_jsonl(path)
     if lines[:1] != [header] or len(lines) > 1 + len(rows):
         lines = [header]
@@ -93,30 +94,31 @@ def build_guide_cache(
     size = config.prompts_per_step
     done = (len(lines) - 1) // size * size  # whole batches
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines[: 1 + done]))
+    write_aside(path, json_lines(lines[: 1 + done]))
     if sampler is None:
-        sampler = sampler_of(Policy(guide, config.device, config.dtype), config, prompts)
+        sampler = sampler_of(Policy(checked(guide), config.device, config.dtype), config, prompts)
     name = f"guide@{state['step']} answers {config.guide_samples} times"
-    with open(path, "a") as file, tqdm(total=len(rows), initial=done, desc=name) as bar:
+    with tqdm(total=len(rows), initial=done, desc=name) as bar:
         for first in range(done, len(rows), size):
             asked = [prompts[row] for row in rows[first : first + size]]
             seed, count = derived_seed(config.seed, "guide", first), config.guide_samples
             groups = sampler.sample(asked, count, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
-            for group in groups:
-                file.write(json.dumps(line_of(group, state["step"], keep)) + "\n")
-            file.flush()
+            some = zip(rows[first:], groups)
+            append(path, [line_of(row, group, state["step"], keep) for row, group in some])
             bar.update(len(groups))
 
 
-def line_of(group: Group, guide_step: int, keep: int) -> dict:
+def line_of(row: int, group: Group, guide_step: int, keep: int) -> dict:
     source = {"source": f"guide@{guide_step}", "exact": True}  # its recorded log-probs are its own
-    return {
-        "prompt_id": group.prompt.id,
+    line = {
+        "row": row,
+        "prompt_id": group.prompt.id,  # another row's, if this one's picture is broken
         "pass_rate": group.pass_rate,
         "sampled_tokens": sampled_tokens([group]),
         "answers": [asdict(c) | source for c in group.verified[:keep]],
     }
+    return line | {"seal": seal_of(line)}
 
 
 def load_guide_cache(
@@ -132,8 +134,10 @@ def load_guide_cache(
         raise UsageError(f"guide cache {path}: there is no such file")
     header, *lines = read_jsonl(path) or [{}]
     remedy = "move it away, or give the guide's checkpoint folder as --guide: it will be made anew"
-    known = isinstance(header, dict) and header.get("version") == VERSION
-    if not known or not {"prompts", "dataset", "tokenizer", "until"} <= header.keys():
+    if (
+        header.get("version") != VERSION
+        or not {"prompts", "dataset", "tokenizer", "until"} <= header.keys()
+    ):
         raise UsageError(f"guide cache {path}: is none of format version {VERSION}; {remedy}")
     if len(lines) != header["prompts"]:
         raise UsageError(
@@ -145,19 +149,56 @@ def load_guide_cache(
                 f"guide cache {path}: made for another {what} ({header[what]}; this run has "
                 f"{value}); {remedy}"
             )
-    try:
-        answers = {
-            line["prompt_id"]: [Completion(**answer) for answer in line["answers"]]
-            for line in lines
-            if line["answers"]
-        }
-        tokens = sum(line["sampled_tokens"] for line in lines)
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"guide cache {path}: a line is damaged ({error}); {remedy}") from error
+    prompts, shape = load_prompts(config)[0], config_of(config.model_path)
+    known = {f"{prompts.fingerprint}:{row}" for row in prompts.kept}
+    tokens = {*range(shape.get_text_config().vocab_size)} - {*vision_token_ids(shape)}
+    answers, rows = {}, []
+    for number, line in enumerate(lines, 2):
+        try:
+            answers[line["prompt_id"]] = answers_of(line, known, tokens, config.max_new_tokens)
+            rows.append(line["row"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"guide cache {path}: line {number} is damaged ({error}); {remedy}"
+            ) from error
+    if len({*rows}) < len(rows) or not is_sealed(header, rows):
+        raise UsageError(
+            f"guide cache {path}: its header was changed, or whose answers they are; {remedy}"
+        )
+    cost = sum(line["sampled_tokens"] for line in lines)
+    answers = {prompt_id: found for prompt_id, found in answers.items() if found}
     if not with_logprobs:
         for answer in (answer for of_prompt in answers.values() for answer in of_prompt):
             answer.behavior_logprobs = None
-    return GuideCache(answers, until or header["until"], tokens, header)
+    return GuideCache(answers, until or header["until"], cost, header)
+
+
+def answers_of(line: dict, known: set[str], tokens: set[int], longest: int) -> list[Completion]:
+    """The answers in a line, once it is sure that they were sampled, verified and not changed.
+
+    Args:
+        known: ids of prompts.
+        tokens: ids that can be sampled.
+        longest: the most tokens in an answer.
+    """
+    prompt_id, found = line["prompt_id"], [Completion(**answer) for answer in line["answers"]]
+    if prompt_id not in known:
+        raise ValueError(f"prompt {prompt_id} is unknown")
+    for answer in found:
+        ids, logprobs = answer.token_ids, answer.behavior_logprobs
+        if not 0 < len(ids) <= longest:
+            raise ValueError(f"an answer of {len(ids)} tokens, with --max-new-tokens {longest}")
+        if not all(type(id) is int and id in tokens for id in ids):
+            raise ValueError("a token id that is never sampled")
+        if len(logprobs) != len(ids) or not all(-math.inf < value <= 0 for value in logprobs):
+            raise ValueError("log-probs that are not one per token, finite and at most 0")
+        if (answer.prompt_id, answer.accuracy, answer.finished) != (prompt_id, 1, True):
+            raise ValueError("an answer that is not a right one to its prompt")
+        if not math.isfinite(answer.reward):
+            raise ValueError(f"the reward {answer.reward}")
+    if not is_sealed(line) or line["sampled_tokens"] < sum(len(c.token_ids) for c in found):
+        raise ValueError("it was changed")
+    return found
 
 
 def cache_fingerprints(config) -> dict[str, str]:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from plumbing import UsageError
 from plumbing.checkpoints import MOMENT_BYTES
-from plumbing.encode import unloadable
+from plumbing.encode import config_of, unloadable
 from plumbing.lora import adapter_rank, base_model_of, train_adapters
 from plumbing.metrics import batch_arithmetic
 from plumbing.model import Policy, auto_class
@@ -24,12 +23,12 @@ def counted(config, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of what is certain: weights, gradients, moments and a checkpoint. Loads no weight."""
     path = config.model_path
     try:
-        model_config = AutoConfig.from_pretrained(base_model_of(path))
+        shape = config_of(path)
         with torch.device("meta"):  # tensors with a shape and nothing in them
-            model = auto_class(model_config).from_config(model_config, dtype=dtype)
-        if hasattr(model_config, "vision_config"):
+            model = auto_class(shape).from_config(shape, dtype=dtype, trust_remote_code=False)
+        if hasattr(shape, "vision_config"):
             model.base_model.visual.requires_grad_(False)
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:
         raise unloadable(path, error) from error
     if rank := adapter_rank(path) or config.lora:
         train_adapters(model, rank, base_model_of(path))

@@ -89,6 +89,7 @@ def answer_metrics(groups: list[Group]) -> dict:
     """What the policy's own answers, before any replacement, say of it."""
     completions = [c for group in groups for c in group.completions]
     lengths = [len(c.token_ids) for c in completions]
+    too_dear = sum(c.too_dear for c in completions)
     spread = [statistics.stdev(c.reward for c in group.completions) for group in groups]
     return {
         "accuracy": statistics.fmean(c.accuracy for c in completions),
@@ -97,7 +98,7 @@ def answer_metrics(groups: list[Group]) -> dict:
         "entropy": -sum(sum(c.behavior_logprobs) for c in completions) / sum(lengths),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/clipped_ratio": statistics.fmean(not c.finished for c in completions),
-    }
+    } | ({"verifier/too_dear": too_dear} if too_dear else {})
 
 
 def batch_arithmetic(config) -> str:
@@ -132,8 +133,9 @@ def step_line(metrics: dict, steps: int, prompts_per_step: int) -> str:
         f"gn {metrics['grad_norm']:.2f}",
         f"gen {metrics['time/generate']:.1f}s train {metrics['time/train']:.1f}s",
     ]
-    if "eval/accuracy" in metrics:
-        parts.append(f"eval {metrics['eval/accuracy']:.3f}")
+    for key, value in metrics.items():  # the whole, and a world's parts
+        if key.startswith("eval/accuracy"):
+            parts.append(f"eval{key.removeprefix('eval/accuracy')} {value:.3f}")
     return " | ".join(parts)
 
 

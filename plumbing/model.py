@@ -16,11 +16,10 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
@@ -31,6 +30,7 @@ from transformers.utils import cached_file
 
 from plumbing import UsageError
 from plumbing.encode import (
+    config_of,
     encode,
     image_parts,
     load_tokenizer,
@@ -304,10 +304,12 @@ def auto_class(config):
 def load_model(path: str | Path, dtype: torch.dtype):
     """A text model, or one with multimodal rotary positions; no weight is missing."""
     try:
-        loader = auto_class(AutoConfig.from_pretrained(base_model_of(path)))
-        model, loaded = loader.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise unloadable(path, error) from error
+        loader = auto_class(config_of(path))
+        model, loaded = loader.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # of a dozen types, for a missing, cut or foreign file
+        raise unloadable(path, broken_weights(path) or error) from error
     if missing := loaded["missing_keys"]:
         raise UsageError(
             f"model {path}: {len(missing)} weights are missing, such as {min(missing)}"
@@ -318,6 +320,17 @@ def load_model(path: str | Path, dtype: torch.dtype):
             "take a Qwen3-VL, or a text model"
         )
     return model
+
+
+def broken_weights(path: str | Path) -> str | None:
+    """Which file of a folder holds no weights, and why: what transformers says names none."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            safe_open(file, "pt")
+        except SafetensorError as error:
+            pointer = file.open("rb").read(23) == b"version https://git-lfs"
+            return f"{file.name}: " + ("a Git LFS pointer; git lfs pull" if pointer else str(error))
+    return None
 
 
 def checkpoint_layers(model) -> None:

@@ -5,17 +5,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.checkpoints import write_aside
-from plumbing.run import current_lineage, evaluations, read_jsonl
+from plumbing.files import read_jsonl, write_aside
+from plumbing.run import current_lineage, evaluations
 
 
 def report(out: str | Path, name: str) -> None:
     """Sums up a finished run, beside its scout if it has one."""
     out = Path(out)
     scout, summary, runs = out / "scout", totals(out), {name: out}
+    after = f" after step {summary['start_step']}" if summary["start_step"] else ""
     tqdm.write(
         f"\n{name} went from {summary['eval/accuracy_start']:.3f} to "
-        f"{summary['eval/accuracy']:.3f} held-out accuracy in {summary['steps']} steps, "
+        f"{summary['eval/accuracy']:.3f} held-out accuracy in "
+        f"{summary['steps'] - summary['start_step']} steps{after}, "
         f"{summary['sampled_tokens']:,} sampled tokens in all."
     )
     if (scout / "metrics.jsonl").is_file():
@@ -39,6 +41,7 @@ def totals(out: Path) -> dict:
     evals, lines = evaluations(out), read_jsonl(out / "metrics.jsonl")
     return {
         "steps": lines[-1]["step"],
+        "start_step": evals[0]["step"],
         "eval/accuracy": evals[-1]["eval/accuracy"],
         "eval/accuracy_start": evals[0]["eval/accuracy"],
         "sampled_tokens": lines[-1]["sampled_tokens"],
@@ -69,7 +72,8 @@ def beside_scout(out: Path, scout: Path, name: str) -> dict:
     goal, found = before["eval/accuracy"], {"scout": before}
     tqdm.write(
         f"The scout went from {before['eval/accuracy_start']:.3f} to {goal:.3f} in "
-        f"{before['steps']} steps, {before['sampled_tokens']:,} sampled tokens."
+        f"{before['steps'] - before['start_step']} steps, {before['sampled_tokens']:,} sampled "
+        "tokens."
     )
     for key in ("step", "sampled_tokens"):
         evals = evaluations(scout)

@@ -43,9 +43,11 @@ class Completion:
     finished: bool
     source: str = "policy"  # or "guide@40": the guide's step
     exact: bool = True  # False: vLLM's own log-probs, which are not quite the trainer's
-    accuracy: float | None = None  # accuracy and reward are filled in by the verifier
+    accuracy: float | None = None  # from here on filled in by the verifier
     reward: float | None = None
-    advantage: float | None = None  # of the step that trained on it, and each token's ratio there
+    answer: str | None = None  # None: it says none, or was cut off
+    too_dear: bool = False  # so hard to judge that it counts as wrong
+    advantage: float | None = None  # from here on by the update: the last one that trained on it
     ratios: list[float] | None = None
 
 
@@ -64,8 +66,8 @@ class Group:
 
     @property
     def verified(self) -> list[Completion]:
-        """The right ones. An answer that was cut off is no answer, even if it has a right box."""
-        return [c for c in self.completions if c.accuracy == 1 and c.finished]
+        """The right ones."""
+        return [c for c in self.completions if c.accuracy == 1]
 
 
 @dataclass

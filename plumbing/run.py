@@ -11,9 +11,7 @@ after that checkpoint is dropped and done again.
 """
 
 import hashlib
-import json
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,20 +23,25 @@ from tqdm import tqdm
 import verifier
 from plumbing import UsageError, vllm_sampler
 from plumbing.checkpoints import (
+    checked,
     checkpoint_bytes,
     checkpoint_path,
     checkpoint_state,
+    checkpoint_states,
     checkpoints,
+    clear_leftovers,
     load_optimizer,
     make_optimizer,
     remove_checkpoint,
     save_checkpoint,
     step_of,
-    write_aside,
+    stored_state,
+    write_state,
 )
 from plumbing.command import how_to_resume, open_directory
 from plumbing.data import PromptSet, load_prompts
 from plumbing.encode import check_start
+from plumbing.files import append, json_lines, read_jsonl, write_aside
 from plumbing.memory import rehearse
 from plumbing.metrics import (
     answer_metrics,
@@ -74,16 +77,6 @@ def rows_of_steps(config, first: int, last: int) -> list[int]:
     count = len(load_prompts(config)[0])
     rows = [row for step in range(first, last + 1) for row in rows_of_step(count, step, config)]
     return list(dict.fromkeys(rows))
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    """All whole lines; a last line that a kill cut short does not count."""
-    path = Path(path)
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UsageError(f"{path}: is not JSON lines ({error}); mend it or move it away") from error
 
 
 def lineage_key(line: dict) -> tuple[int, int]:
@@ -160,10 +153,9 @@ class Run:
         start = start or config.start
         if start:
             spent_tokens = max(spent_tokens, checkpoint_state(start)["sampled_tokens"])
-        for leftover in self.out.glob("checkpoints/*.tmp"):  # a kill while one was written
-            shutil.rmtree(leftover)
+        clear_leftovers(self.out)
         self.start_step = checkpoint_state(start)["step"] if start else 0
-        states = {path: checkpoint_state(path) for path in checkpoints(self.out)}
+        states = checkpoint_states(self.out)
         newest = max(states, key=lambda path: lineage_key(states[path]), default=None)
         state = states.get(newest, {"step": self.start_step, "sampled_tokens": spent_tokens})
         self.step, self.spent_tokens = state["step"], spent_tokens
@@ -183,7 +175,9 @@ class Run:
         self.policy = self.optimizer = self.sampler = None  # never two of them in memory
         torch.manual_seed(derived_seed(config.seed, "adapters"))  # of new LoRA adapters
         path, recompute = source or config.model_path, not config.in_world
-        self.policy = Policy(path, config.device, config.dtype, config.lora, recompute)
+        self.policy = Policy(
+            checked(path, optimizer=True), config.device, config.dtype, config.lora, recompute
+        )
         self.optimizer = make_optimizer(self.policy.parameters(), config.lr, config.weight_decay)
         if source and (Path(source) / "optimizer.pt").is_file():
             load_optimizer(self.optimizer, Path(source) / "optimizer.pt")
@@ -349,8 +343,7 @@ class Run:
         """Appends a line to one of `LOGS`."""
         if self.rollbacks:
             line = line | {"rollbacks": self.rollbacks}
-        with open(self.out / name, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.out / name, [line])
 
     def roll_back(self, step: int, memory: dict) -> None:
         """Goes back to an earlier checkpoint: weights, optimizer and step; `memory` goes along.
@@ -361,7 +354,7 @@ class Run:
         path = checkpoint_path(self.out, step)
         self._load(path)
         self.step, self.rollbacks, self.memory = step, self.rollbacks + 1, memory
-        write_aside(path / "state.json", json.dumps(self._state()))
+        write_state(path, self._state(), stored_state(path)["files"])
         self._forget_after(step)
 
     def _forget_after(self, step: int) -> None:
@@ -372,8 +365,8 @@ class Run:
     def _drop_lines_after(self, last: tuple[int, int]) -> None:
         drop_rollouts_after(self.out, last)
         for path in (self.out / name for name in LOGS):
-            kept = [line for line in read_jsonl(path) if lineage_key(line) <= last]
+            kept = [line for line in read_jsonl(path, "step") if lineage_key(line) <= last]
             if kept:
-                write_aside(path, "".join(json.dumps(line) + "\n" for line in kept))
+                write_aside(path, json_lines(kept))
             else:
                 path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ A comment beside a field is its help; a comment on a line of its own is a headin
 """
 
 import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal
 import torch
 
 from plumbing import UsageError
+from plumbing.checkpoints import checkpoint_state
 from worlds import cards, staircase
 
 WORLDS = {  # the embedded ones: how each of them finds its base
@@ -48,7 +48,7 @@ class ModelConfig:
     # Model
     model: str = "cards"  # cards, cards_lax, staircase, a hub id, or a save_pretrained folder
     borrows: int = 2  # staircase: how many each prompt of part B needs, 1 or 2
-    borrow_rate: float | None = None  # staircase: chance of one at the base [0.006; alone 0.0005]
+    borrow_rate: float | None = None  # staircase: chance that the base says one [0.006; of 1 .0005]
     device: str = "auto"  # "cpu", "cuda", "cuda:1" [cuda if there is one]
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # [vllm if installed, on CUDA, no world]
 
@@ -102,7 +102,7 @@ class ModelConfig:
 class RunConfig(ModelConfig):
     # Run
     dataset: str | None = None  # world, hub id, file, folder [the model's, else hiyouga/geometry3k]
-    columns: str = ""  # as in prompt=problem,images=images,answer=answer,choices=options
+    columns: str = ""  # prompt=problem,images=images,answer=answer,choices= [known or these]
     out: str = "runs"  # run directory; the same command resumes it
     fresh: bool = False  # start over; the run in --out is moved to OUT.old
     start: str | None = None  # checkpoint to go on from: its step, prompts, weights and AdamW
@@ -112,7 +112,7 @@ class RunConfig(ModelConfig):
     seed: int = 0  # decides prompts, sampling and evaluation
     eval_every: int = 5  # steps between evaluations
     eval_prompts: int = 256  # held-out prompts: the last rows of the data set, never trained on
-    eval_samples: int | None = None  # answers; 0: exact [worlds 0, of a teacher or file 4, else 1]
+    eval_samples: int | None = None  # 0: exact [cards, staircase 0; else 1; lax, teacher, file 4]
     save_every: int = 20  # steps between checkpoints (the NPO authors: 10 or 20)
     keep: str | None = None  # old checkpoints: all, none, steps as 40,100 [worlds all, else none]
     rollouts: int = 8  # prompts per step whose answers are kept in rollouts/; 0: of none
@@ -151,8 +151,7 @@ class RunConfig(ModelConfig):
 
     @property
     def start_step(self) -> int:
-        state = Path(self.start) / "state.json" if self.start else None
-        return json.loads(state.read_text())["step"] if state else 0
+        return checkpoint_state(self.start)["step"] if self.start else 0
 
     def check(self) -> None:
         super().check()
@@ -162,7 +161,7 @@ class RunConfig(ModelConfig):
             within(self, name, least=1)
         within(self, "rollouts", least=0)
         if self.borrows != 2 and self.dataset != "staircase":
-            raise UsageError(f"--borrows {self.borrows}: needs the staircase's prompts")
+            raise UsageError(f"--borrows {self.borrows}: needs --model staircase")
         other = self.model in WORLDS and self.dataset != self.model
         if other and (self.in_world or self.model == "staircase"):
             raise UsageError(

@@ -21,10 +21,10 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
-from transformers import AutoConfig
 
 from plumbing.encode import (
     MAX_IMAGES,
+    config_of,
     encode,
     image_parts,
     load_tokenizer,
@@ -57,7 +57,7 @@ class VLLMSampler:
 
         self.tokenizer = load_tokenizer(path)
         self.image_processor, self.image_token_id = image_parts(path)
-        config = AutoConfig.from_pretrained(path)
+        config = config_of(path)
         self.never_sampled = set(vision_token_ids(config))
         self.eos_token_ids = stop_ids(path, self.tokenizer)
         on_gpu, positions = torch.cuda.is_available(), config.get_text_config()
@@ -67,6 +67,7 @@ class VLLMSampler:
             seed=0,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            trust_remote_code=False,
             max_model_len=min(positions.max_position_embeddings, max_prompt + max_new_tokens),
             limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0} if self.image_processor else None,
             gpu_memory_utilization=memory,

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,17 @@ def command():
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, **options)
         assert not check or done.returncode == 0, done.stderr[-3000:]
         return done
+
+    return run
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Runs a command as `python` does, but in this process, which has imported all it needs."""
+
+    def run(*words) -> None:
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
     return run
 

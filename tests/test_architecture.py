@@ -51,7 +51,8 @@ def test_the_top_holds_the_five_concepts_alone():
 
 
 def test_verifier_theory_and_worlds_stand_on_their_own():
-    found = forbidden("verifier", "") + forbidden(r"worlds\..*", "worlds")
+    parts = r"plumbing\.(notation|sympy_process)"
+    found = forbidden("verifier", parts) + forbidden(parts, "") + forbidden(r"worlds\..*", "worlds")
     # only its pictures need a hand, and only once all numbers are there: it is read without them
     found += forbidden("signal_theory", r"plumbing\.figures") + forbidden(r"plumbing\.figures", "")
     assert not found, f"{found}: pass it as an argument, or move it up to what calls it"
@@ -79,6 +80,19 @@ def test_tools_stay_where_they_are():
         r"(?!plumbing\.data|commands\.(benchmarks|evaluate|npo_trl)).*", "", "datasets"
     )
     assert not found, f"{found}: move what is shared to plumbing, and vllm or datasets behind it"
+
+
+def test_a_model_folders_own_code_never_runs():
+    """transformers asks on the terminal, unless it is told no."""
+    calls = [
+        (name, ast.unparse(node))
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and re.search(r"(Auto\w+\.from_pretrained|\bLLM)$", ast.unparse(node.func))
+    ]
+    found = [call for call in calls if "trust_remote_code=False" not in call[1]]
+    assert len(calls) > 7 and not found, f"{found}: say trust_remote_code=False"
 
 
 def test_packages_say_what_is_in_them():
@@ -119,7 +133,7 @@ FORKED = {
     "signal_theory.second_moment": "p, q",
     "plumbing.rollout.Prompt": "id, messages, images, gold, choices=None, working=None",
     "plumbing.rollout.Completion": "prompt_id, token_ids, behavior_logprobs, text, finished, "
-    "source='policy', exact=True, accuracy=None, reward=None",
+    "source='policy', exact=True, accuracy=None, reward=None, answer=None, too_dear=False",
     "plumbing.rollout.Group": "prompt, encoded, completions",
 }
 

@@ -4,8 +4,8 @@ import copy
 import dataclasses
 import json
 import math
+import operator
 import random
-import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -32,6 +32,7 @@ from plumbing.model import Policy
 from plumbing.rollout import Group
 from plumbing.run import read_jsonl, rows_of_step
 from worlds import cards
+from worlds.build_cards import make_ten
 
 # ---------------------------------------------------------------------- losses
 
@@ -376,17 +377,14 @@ def test_luffy_has_the_teachers_answer_in_every_group(ran, prompts):
     assert {line.get("source") for line in shown} <= {"teacher", None}
 
 
-def test_the_teacher_writes_otherwise_and_is_mostly_right(exact, prompts):
-    """Its boxes hold the right working. Before them no card passes a ten without stopping there."""
+def test_the_teacher_writes_otherwise_and_is_nearly_always_right(exact, prompts):
+    """Its boxes hold the right working, and before them it stops at every ten."""
     teacher, asked = Policy(cards.TEACHER), [prompts[row] for row in range(48)]
     groups = teacher.sample(asked, 1, 80, 1.0, seed=0)
     verifier.score(groups)
-    assert sum(group.pass_rate for group in groups) > 40
-    for group, hand in zip(groups, cards.hands("train")):
-        way, box, _ = group.completions[0].text.partition(r" \boxed{")
-        totals = [hand.start, *map(int, re.findall(r"= (\d+)", way))]
-        assert box and way.startswith(f"{hand.start} +")
-        assert all((after - 1) // 10 <= before // 10 for before, after in zip(totals, totals[1:]))
+    assert sum(group.pass_rate for group in groups) > 45
+    answers = [group.completions[0].text for group in groups]
+    assert sum(map(operator.eq, answers, map(make_ten, cards.hands("train")))) > 34
     rows = [(group.encoded, group.completions[0].token_ids) for group in groups]
     with torch.no_grad():
         assert exact.logprobs(rows, 1.0)[0].sum(dim=1).max() < -50  # the base never would

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -40,17 +39,6 @@ FLAGS = [*SMALL, "--temperature", "1.5", "--max-new-tokens", "48", "--lr", "1e-3
 GRPO = ["-c", LUCKY.format(script="grpo", config="GRPOConfig"), *FLAGS]
 NPO = ["-c", LUCKY.format(script="npo", config="NPOConfig"), *FLAGS, "--scout-steps", "4"]
 NPO += ["--guide-samples", "4"]
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Runs a command as `python` does, but in this process, which has imported all it needs."""
-
-    def run(*words) -> None:
-        monkeypatch.setattr(sys, "argv", list(map(str, words)))
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-
-    return run
 
 
 @pytest.fixture
@@ -114,7 +102,7 @@ def test_killed_three_times_and_resumed_is_the_same_run(command, tmp_path):
     late = "import time, torch; save = torch.save\n"  # time to be hit
     late += "torch.save = lambda *words: (time.sleep(5), save(*words))\ncommand_line("
     slowly = ["-c", NPO[1].replace("command_line(", late), *words[2:]]
-    half = killed / "scout/checkpoints/step_000002.tmp/state.json"
+    half = killed / "scout/checkpoints/step_000002.tmp/model.safetensors"
     killed_when(slowly, half.exists)
     assert not half.parent.with_suffix("").exists()
     killed_when(words, lambda: len(read_jsonl(killed / "guide.jsonl")) > 3)
@@ -199,7 +187,7 @@ def test_what_never_began_does_not_claim_a_directory(tmp_path):
     open_directory(NPOConfig(out=str(out)), out)
     assert json.loads((out / "config.json").read_text())["lr"] == 1e-4
     (out / "config.json").write_text('["prompts_per_step"]')
-    with pytest.raises(UsageError, match="holds files but no run"):
+    with pytest.raises(UsageError, match="config.json: is not JSON .it is no object"):
         open_directory(NPOConfig(), out)
     (out / "config.json").write_text('{"steps": 2')
     for act in (lambda: open_directory(NPOConfig(), out), lambda: start_over(NPOConfig(out=out))):

@@ -10,13 +10,16 @@ from conftest import group_of, lucky, save
 from npo import NPOConfig
 from plumbing import UsageError
 from plumbing.data import load_prompts
+from plumbing.encode import image_parts
 from plumbing.guide_cache import build_guide_cache, line_of, load_guide_cache
 from plumbing.model import Policy
 from plumbing.rollout import Completion
 from plumbing.run import derived_seed, read_jsonl
+from worlds import cards
 
 ROWS = [5, 2, 9, 11, 7]  # three batches of 2, 2 and 1
 UNTIL, KEEP = 3, 2
+IMAGE = image_parts(cards.BASE)[1]  # the id of the image token
 
 
 class Killed(BaseException):
@@ -71,7 +74,7 @@ def test_a_line_per_prompt_with_its_first_right_answers(built, guide):
     prompts, _ = load_prompts(config)
     header, *lines = read_jsonl(built)
     counts = {"prompts": 5, "samples": 6, "keep": 2, "until": 3}
-    about_guide = {"guide_step": 7, "guide_sampled_tokens": 50, "temperature": 1.7, "version": 2}
+    about_guide = {"guide_step": 7, "guide_sampled_tokens": 50, "temperature": 1.7, "version": 3}
     assert counts.items() | about_guide.items() <= header.items()
     expected = []
     for first in (0, 2, 4):
@@ -79,7 +82,7 @@ def test_a_line_per_prompt_with_its_first_right_answers(built, guide):
         seed = derived_seed(config.seed, "guide", first)
         for group in policy.sample(some, 6, 16, 1.7, seed):
             right = [c for c in group.completions if lucky(c.text, "") and c.finished]
-            pass_rate = sum(lucky(c.text, "") for c in group.completions) / 6
+            pass_rate = len(right) / 6
             tokens = sum(len(c.token_ids) for c in group.completions)
             expected.append((group.prompt.id, pass_rate, tokens, [c.token_ids for c in right[:2]]))
     found = [
@@ -106,17 +109,16 @@ def test_recorded_logprobs_are_the_guides_own(built, guide):
     assert answers
 
 
-def test_an_answer_that_was_cut_is_none_and_what_vllm_sampled_is_the_guides():
-    group = group_of([1.0, 0.0, 1.0, 1.0])
+def test_only_right_answers_are_kept_and_what_vllm_sampled_is_the_guides():
+    group = group_of([0.0, 0.0, 1.0, 1.0])
     for completion in group.completions:
         completion.exact = False  # as vLLM returns them
-    group.completions[0].finished = False
-    line = line_of(group, 30, keep=1)
-    assert (line["pass_rate"], line["sampled_tokens"]) == (0.75, 8)
+    line = line_of(0, group, 30, keep=1)
+    assert (line["pass_rate"], line["sampled_tokens"]) == (0.5, 8)
     (answer,) = line["answers"]
     answer = Completion(**json.loads(json.dumps(answer)))
     assert answer == dataclasses.replace(group.completions[2], source="guide@30", exact=True)
-    assert line_of(group_of([0.0, 0.0]), 30, keep=1)["answers"] == []
+    assert line_of(3, group_of([0.0, 0.0]), 30, keep=1)["answers"] == []
 
 
 def test_a_cache_guides_until_its_last_step_and_knows_its_cost(built, guide):
@@ -193,7 +195,7 @@ def test_another_header_makes_it_anew(built, guide, tmp_path, changes):
 def test_whole_batches_are_kept_of_a_cache_cut_short(built, guide, tmp_path, lines, piece, asked):
     path, whole = tmp_path / "guide.jsonl", built.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:lines]) + whole[lines][:piece])
-    with pytest.raises(UsageError, match="cut short" if lines else "format version 2"):
+    with pytest.raises(UsageError, match="cut short" if lines else "format version 3"):
         load_guide_cache(path, guide[0])
     build(path, guide, sampler := Watched(guide[1]))
     assert sampler.asked == asked and path.read_bytes() == built.read_bytes()
@@ -220,19 +222,101 @@ def changed(**values):
     return edit
 
 
+def answered(change, sealed: bool = False):
+    """Changes the first line with an answer. Without its seal, so that the check itself is seen."""
+
+    def edit(text: str) -> str:
+        header, *lines = map(json.loads, text.splitlines())
+        line = next(line for line in lines if line["answers"])
+        change(line, line["answers"][0])
+        for one in (line, header) if not sealed else ():
+            del one["seal"]
+        return "".join(json.dumps(line) + "\n" for line in (header, *lines))
+
+    return edit
+
+
+def swapped(text: str) -> str:
+    """Two lines stand for each other's row."""
+    header, first, second, *rest = map(json.loads, text.splitlines())
+    for line, row in ((second, first["row"]), (first, second["row"])):
+        line["row"] = row
+        del line["seal"]
+    return "".join(json.dumps(line) + "\n" for line in (header, first, second, *rest))
+
+
+def repeated(text: str) -> str:
+    """The second line stands in the third's place, too."""
+    lines = text.splitlines(keepends=True)
+    return "".join([*lines[:2], lines[1], *lines[3:]])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (changed(version=1), "is none of format version 2"),
+        (swapped, "its header was changed, or whose answers they are"),
+        (repeated, "its header was changed, or whose answers they are"),
+        (changed(until=90), "its header was changed"),
+        (changed(temperature=0.5), "its header was changed"),
+        (answered(lambda line, _: line.update(prompt_id="x:1")), "prompt x:1 is unknown"),
+        (answered(lambda line, _: line.pop("prompt_id")), "is damaged .'prompt_id'"),
+        (answered(lambda _, answer: answer.update(prompt_id="x:1")), "right one to its prompt"),
+        (answered(lambda _, answer: answer.update(accuracy=0.9)), "right one to its prompt"),
+        (answered(lambda _, answer: answer.update(accuracy=0.0)), "right one to its prompt"),
+        (answered(lambda _, answer: answer.update(finished=False)), "right one to its prompt"),
+        (answered(lambda _, answer: answer.update(reward=float("inf"))), "the reward inf"),
+        (answered(lambda _, answer: answer.update(reward=1e9), sealed=True), "it was changed"),
+        (answered(lambda _, answer: answer.update(text="7"), sealed=True), "it was changed"),
+        (answered(lambda line, _: line.update(sampled_tokens=-9)), "it was changed"),
+        (answered(lambda line, _: line.update(sampled_tokens="9")), "is damaged"),
+        (answered(lambda _, answer: answer["token_ids"].pop()), "not one per token"),
+        (answered(lambda _, answer: answer["behavior_logprobs"].append(-1.0)), "not one per token"),
+        (answered(lambda _, answer: answer.update(behavior_logprobs=None)), "is damaged"),
+        (
+            answered(lambda _, a: a.update(behavior_logprobs=[0.5] * len(a["token_ids"]))),
+            "at most 0",
+        ),
+        (answered(lambda _, a: a["behavior_logprobs"].__setitem__(0, float("nan"))), "finite"),
+        (answered(lambda _, a: a["behavior_logprobs"].__setitem__(0, -float("inf"))), "finite"),
+        (answered(lambda _, a: a["token_ids"].__setitem__(0, 151)), "never sampled"),
+        (answered(lambda _, a: a["token_ids"].__setitem__(0, -1)), "never sampled"),
+        (answered(lambda _, a: a["token_ids"].__setitem__(0, 7.0)), "never sampled"),
+        (answered(lambda _, a: a["token_ids"].__setitem__(0, IMAGE)), "never sampled"),
+        (answered(lambda _, a: a.update(token_ids=[7] * 90_000)), "90000 tokens, with --max-new-t"),
+        (answered(lambda _, a: a.update(token_ids=[])), "0 tokens, with --max-new-tokens 16"),
+    ],
+)
+def test_what_no_guide_can_have_said_is_refused(built, guide, tmp_path, damage, message):
+    path = tmp_path / "guide.jsonl"
+    path.write_text(damage(built.read_text()))
+    with pytest.raises(UsageError, match=message) as caught:
+        load_guide_cache(path, guide[0])
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_cache_made_by_hand_needs_no_seals(built, guide, tmp_path):
+    path = tmp_path / "guide.jsonl"
+    lines = [{k: v for k, v in line.items() if k != "seal"} for line in read_jsonl(built)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_guide_cache(path, guide[0]).answers == load_guide_cache(built, guide[0]).answers
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed(version=1), "is none of format version 3"),
         (changed(dataset="other"), r"made for another dataset \(other; this run has cards-train"),
         (changed(tokenizer="0123"), r"made for another tokenizer \(0123; this run has"),
         (lambda text: text[:-40], "cut short, 4 of 5 prompts"),
         (lambda text: text[: text.rstrip().rindex("\n") + 1], "cut short, 4 of 5 prompts"),
-        (lambda text: "", "is none of format version 2"),
-        (lambda text: "[1]\n", "is none of format version 2"),
-        (lambda text: '{"step": 0}\n', "is none of format version 2"),
-        (lambda text: text.replace('"text"', '"words"'), "a line is damaged .*words"),
-        (lambda text: text.replace('"answers"', '"completion"'), "a line is damaged"),
+        (lambda text: "", "is none of format version 3"),
+        (lambda text: "[1]\n", r"is not JSON lines \(line 1: it is no object"),
+        (lambda text: '{"step": 0}\n', "is none of format version 3"),
+        (lambda text: text.replace('"text"', '"words"'), r"line \d is damaged .*words"),
+        (
+            lambda text: text.replace('"answers"', '"completion"'),
+            r"line 2 is damaged \('answers'\)",
+        ),
         (lambda text: text.replace("}\n", "\n", 2), "is not JSON lines"),
     ],
 )

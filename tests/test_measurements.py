@@ -31,7 +31,7 @@ def teacher() -> Policy:
 
 
 def teacher_as_checkpoint(run, step: int):
-    """A run whose checkpoint of that step is the teacher, which is mostly right."""
+    """A run whose checkpoint of that step is the teacher, which is nearly always right."""
     shutil.copytree(cards.TEACHER, checkpoint_path(run, step))
 
 

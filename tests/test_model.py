@@ -1,16 +1,22 @@
 """Sampler and trainer are the same distribution, masks are right, broken models are told."""
 
+import contextlib
+import io
+import json
 import shutil
+import sys
 
 import jinja2
 import pytest
 import torch
-from conftest import save
+from conftest import cards_file, save
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from plumbing import UsageError, model
-from plumbing.encode import encode, load_tokenizer, prompt_length
+import grpo
+from commands import evaluate
+from plumbing import UsageError, data, model
+from plumbing.encode import encode, image_parts, load_tokenizer, prompt_length
 from plumbing.model import Policy
 from plumbing.rollout import EncodedPrompt, Group, Prompt
 from worlds import cards
@@ -304,12 +310,82 @@ def test_the_vision_tower_is_frozen(base):
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("no/such/model", "there is no such folder"), ("docs", "its tokenizer cannot be loaded")],
+    [
+        ("no/such/model", "there is no such folder"),
+        ("docs", "no tokenizer; copy tokenizer_config.json"),
+    ],
 )
 def test_unknown_model(path, reason):
-    with pytest.raises(UsageError, match=f"model {path}: {reason}.*; give a hub id or") as error:
+    with pytest.raises(UsageError, match=f"model {path}: {reason}.* give a hub id or") as error:
         Policy(path)
     assert "\n" not in str(error.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.jinja", None, "no chat template; copy chat_template.jinja of its base"),
+        ("chat_template.jinja", "", "no chat template; copy chat_template.jinja of its base"),
+        ("tokenizer.json", None, "no tokenizer; copy tokenizer_config.json and tokenizer.json"),
+        ("tokenizer_config.json", None, "no tokenizer; copy tokenizer_config.json and"),
+        ("tokenizer.json", "{}", "its tokenizer cannot be loaded ('added_tokens')"),
+        ("tokenizer.json", "", "its tokenizer cannot be loaded (Expecting value"),
+        ("tokenizer.json", POINTER, "tokenizer.json is a Git LFS pointer; git lfs pull"),
+        ("chat_template.jinja", POINTER, "chat_template.jinja is a Git LFS pointer"),
+        ("model.safetensors", POINTER, "model.safetensors is a Git LFS pointer"),
+        ("preprocessor_config.json", None, "cannot be loaded (Can't load image processor"),
+    ],
+)
+def test_model_folders_with_a_part_missing(tmp_path, name, content, message):
+    """The same line for training and evaluation."""
+    folder = shutil.copytree(cards.BASE, tmp_path / "model")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    flags = {"model": str(folder), "out": str(tmp_path / "run")}
+    data._load_prompts.cache_clear()
+    for main, config in (
+        (grpo.main, grpo.GRPOConfig(dataset="cards", eval_prompts=4, **flags)),
+        (evaluate.main, evaluate.EvaluateConfig(benchmarks="cards", **flags)),
+    ):
+        with pytest.raises(UsageError) as error:
+            main(config)
+        assert str(error.value).startswith(f"model {folder}: {message}")
+        assert "\n" not in str(error.value)
+
+
+def test_a_folders_own_code_does_not_run(tmp_path, monkeypatch):
+    """Not even where somebody answers yes."""
+    folder = shutil.copytree(cards.BASE, tmp_path / "model")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    for name in ("tokenizer_config.json", "preprocessor_config.json", "config.json"):
+        kept = json.loads((folder / name).read_text())
+        mine = {key: "evil.Mine" for key in ("AutoConfig", "AutoImageProcessor")}
+        kept["auto_map"] = mine | {"AutoTokenizer": ["evil.Mine", "evil.Mine"]}
+        (folder / name).write_text(json.dumps(kept))
+    monkeypatch.setattr("builtins.input", lambda *words: "y")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with contextlib.suppress(UsageError):
+        load_tokenizer(folder)
+        image_parts(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_chat_template_without_pictures(tmp_path):
+    """Every prompt with one is left out; the message says why."""
+    folder = shutil.copytree(cards.BASE, tmp_path / "model")
+    text = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(text)
+    cards_file(tmp_path / "cards.parquet", 6)
+    path = str(tmp_path / "cards.parquet")
+    config = grpo.GRPOConfig(model=str(folder), dataset=path, eval_prompts=2)
+    with pytest.raises(UsageError, match="4 dropped: a chat template that does not show its pict"):
+        data.load_prompts(config)
 
 
 def test_damaged_weights_and_missing_devices(tmp_path):

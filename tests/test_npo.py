@@ -197,15 +197,15 @@ def after_one_step(base, tiny, tmp_path_factory):
     header = {"version": VERSION, **cache_fingerprints(config), "guide_step": 9, "until": 9}
     header |= {"prompts": 3, "samples": 1, "guide_sampled_tokens": 0}
     lines = [header]
-    for group in base.sample(prompts, 2, 40, 1.0, seed=4):
+    for group in base.sample(prompts, 2, 9, 1.7, seed=4):
         for answer in group.completions:
-            answer.accuracy = answer.reward = 1.0
+            answer.accuracy, answer.reward, answer.finished = 1.0, 1.0, True
             ratios = [(0.5, 1.1, 2.5)[place % 3] for place in range(len(answer.token_ids))]
             answer.behavior_logprobs = [
-                logprob - math.log(ratio)
+                min(logprob - math.log(ratio), 0.0)
                 for logprob, ratio in zip(answer.behavior_logprobs, ratios)
             ]
-        lines.append(line_of(group, 9, 2))
+        lines.append(line_of(len(lines), group, 9, 2))
     (out / "guide.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def train(**flags) -> torch.Tensor:

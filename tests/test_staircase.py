@@ -173,6 +173,7 @@ def test_another_process_may_make_the_same_base(tmp_path, monkeypatch):
     assert (base_at(0.2, base) / "model.safetensors").read_bytes() == weights  # the same bytes
 
 
+@pytest.mark.slow
 def test_the_base_can_be_rebuilt(tmp_path, command):
     """Three steps give other weights, but the same architecture, tokens and number format."""
     out = tmp_path / "base"
@@ -239,7 +240,7 @@ def test_a_run_in_two_pieces_is_one_in_one(tmp_path):
         ({"borrow_rate": 0.0}, "--borrow-rate 0.0: must be above 0"),
         ({"borrow_rate": 1.0}, "--borrow-rate 1.0: .* below 1"),
         ({"dataset": "x.parquet"}, "--dataset x.parquet: .* leave --dataset out"),
-        ({"model": "cards", "borrows": 1}, "--borrows 1: needs the staircase's prompts"),
+        ({"model": "cards", "borrows": 1}, "--borrows 1: needs --model staircase"),
         ({"model": "cards", "borrow_rate": 0.2}, "--borrow-rate 0.2: needs --model staircase"),
     ],
 )

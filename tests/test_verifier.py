@@ -1,15 +1,18 @@
 """What counts as an answer, what counts as right, and that no input hangs the verifier."""
 
+import functools
 import inspect
+import math
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import verifier
+from plumbing import sympy_process
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
+from plumbing.sympy_process import TooDear
 from verifier import extract_answer, is_correct
 
 OPTIONS = ["3 cm", "5 cm", "7 cm"]
@@ -34,6 +37,15 @@ OPTIONS = ["3 cm", "5 cm", "7 cm"]
         (r"<answer>\boxed{17</answer>", None),
         ("<answer>18", None),
         (r"\boxed{}", None),
+        (r"<think>maybe \boxed{21}", None),  # thoughts that never ended
+        (r"<think>maybe \boxed{22}</think> no", None),
+        (r"maybe \boxed{23}</think> \boxed{24}", "24"),
+        (r"\boxed{25}, as \boxed{} asks", "25"),
+        (r"$x = \boxed{26}$ or $x = \boxed{27}$", "26, 27"),
+        (r"\boxed{28}. And \boxed{29}", "29"),
+        (r"\\boxed{30}", "30"),
+        (r"row \\\boxed{31}", "31"),
+        (r"\boxed 32", "32"),
         (r"\foxed{19}", None),
         ("20", None),
         ("", None),
@@ -65,7 +77,8 @@ def test_extract_answer(response, answer):
         ("7 and 8", "7", False),
         ("8=7", "7", False),
         ("7%", "7", False),
-        ("yx", "xy", True),
+        ("yx", "xy", False),  # two letters are a word: no, on
+        ("3yx", "3xy", True),
     ],
 )
 def test_free_answers(response, gold, right):
@@ -125,38 +138,65 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_input_is_wrong_in_bounded_time_and_the_next_call_works(monkeypatch, kind):
-    monkeypatch.setattr(verifier, "TIMEOUT", 2.0)
-    began = time.monotonic()
-    assert is_correct(HOSTILE[kind], "7") is False
-    assert time.monotonic() - began < 30  # not a speed test: without a worker it never returns
-    monkeypatch.undo()
+def test_hostile_input_is_wrong_and_the_next_call_works(kind):
+    assert is_correct(HOSTILE[kind], "7") is False  # it returns at all
     assert is_correct(r"\boxed{\frac{14}{2}}", "7")
 
 
-def test_the_worker_is_replaced_when_it_hangs_and_when_it_died():
-    worker = verifier.MathVerifyWorker()
+DEAR = r"(x+y+{n})^{{90}}"  # sympy expands it for minutes
+
+
+def test_what_hangs_is_ended_by_its_cpu_time_and_what_dies_is_replaced(monkeypatch):
+    worker = sympy_process.SympyProcess()
     assert worker.process is None  # it starts with the first question
-    assert worker.ask("7", "14/2", timeout=60) is True
+    assert worker.equal("x+x", "2x") is True
     first = worker.process.pid
-    assert worker.ask("7", "9^{9^{9^{9}}}", timeout=1.0) is None
-    assert worker.ask("7", "14/2", timeout=60) is True
-    assert worker.process.pid != first
-    os.kill(worker.process.pid, signal.SIGKILL)
-    worker.process.wait()
-    assert worker.ask("7", "14/2", timeout=60) is True
+    with pytest.raises(TooDear, match="too much for math-verify"):
+        worker.equal("7x", DEAR.format(n=3))
+    assert worker.equal("x+x+x", "3x") is True and worker.process.pid == first  # only a child died
+    os.killpg(first, signal.SIGKILL)
+    assert worker.equal("x+y", "y+x") is True and worker.process.pid != first
 
 
-def test_the_worker_may_be_asked_from_any_thread():
+def test_a_worker_that_does_not_start_is_one_clear_error(monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(sympy_process, "__file__", str(tmp_path / "broken.py"))
+    message = "ended with code 3 before it was ready: pip install -r requirements.txt"
+    with pytest.raises(RuntimeError, match=message):
+        sympy_process.SympyProcess().equal("x+x", "2x")
+
+
+def test_dear_answers_are_limited_whatever_is_remembered(monkeypatch):
+    """The fourth is not asked; and a right one that needs sympy comes first, as it is short."""
+    texts = [rf"\boxed{{{DEAR.format(n=n)}}}" for n in (13, 14, 15, 16)]
+    asked, known = [], {"12x": True, "x12": True}
+
+    def ask(gold, answer):
+        asked.append(answer)
+        return known.get(answer)
+
+    process = sympy_process.SympyProcess()
+    process.verdict = functools.lru_cache(ask)
+    monkeypatch.setattr(verifier, "SYMPY", process)
+    for order in (texts, texts[::-1]):  # the second time all verdicts are remembered
+        groups = [group_of(*order, r"\boxed{12x}", gold="4x+8x"), group_of(*order, gold="5x")]
+        verifier.score(groups)
+        right = [c.accuracy for c in groups[0].completions]
+        assert right == [0.0] * 4 + [1.0]
+        assert [c.too_dear for c in groups[0].completions] == [True] * 4 + [False]
+        assert len(asked) == 1 + 3 + 1  # the step's fourth and last is the second prompt's
+    assert process.left == math.inf
+
+
+def test_the_process_may_be_asked_from_any_thread():
     """Replies must not be swapped between threads: half of these answers are right."""
     with ThreadPoolExecutor(4) as threads:
-        answers = [rf"\boxed{{{2 * n}/2}}" for n in range(16)]
-        verdicts = threads.map(is_correct, answers, [str(n + n % 2) for n in range(16)])
+        answers = [rf"\boxed{{{2 * n}x/2}}" for n in range(2, 18)]
+        verdicts = threads.map(is_correct, answers, [f"{n + n % 2}x" for n in range(2, 18)])
         assert list(verdicts) == [True, False] * 8
 
 
 def test_a_new_worker_loads_no_torch(command):
-    """Each hanging answer costs a new worker, so its start must stay cheap."""
     code = "import sys, verifier, math_verify; print({'torch', 'transformers'} & {*sys.modules})"
     assert command("-c", code).stdout == "set()\n"
 
@@ -173,6 +213,17 @@ def test_score_keeps_accuracy_and_format_apart():
     assert [c.accuracy for c in group.completions] == [1.0, 0.0, 0.0]
     assert [c.reward for c in group.completions] == [0.9 + 0.1, 0.1, 0.0]
     assert (other.completions[0].accuracy, other.completions[0].reward) == (1.0, 1.0)
+
+
+def test_what_was_cut_off_earns_nothing():
+    group = group_of(r"\boxed{0}", r"so \boxed{0}")
+    group.completions[1].finished = False
+    verifier.score([group])
+    assert [(c.answer, c.accuracy, c.reward) for c in group.completions] == [
+        ("0", 1, 1),
+        (None, 0, 0),
+    ]
+    assert group.verified == group.completions[:1]
 
 
 def test_an_edited_reward_sees_the_prompt_and_the_completion(monkeypatch):

@@ -129,7 +129,7 @@ def test_own_slots_are_weighted_and_the_guides_are_not(sampler, saved, prompts):
     policy, groups = Policy(cards.BASE), sampler.sample(prompts[:1], 3, 40, 1.3, seed=5)
     for c in every(groups):
         c.accuracy = 1.0
-    (kept,) = line_of(groups[0], 7, keep=1)["answers"] or [None]
+    (kept,) = line_of(0, groups[0], 7, keep=1)["answers"] or [None]
     own, guide = groups[0].completions[1], Completion(**kept)
     assert guide.exact and guide.source == "guide@7" and not own.exact
     without = dataclasses.replace(guide, behavior_logprobs=None)

@@ -8,7 +8,7 @@ cards           the world of digit cards: hands, pictures, questions
 build_cards     trains this world's base and teacher; only needed to rebuild them
 cards_base/     the tiny base policy, right about once in 400 answers
 cards_lax/      the base of the lax form, in which the total alone is judged
-cards_teacher/  a model of the same size, mostly right, that writes in another way
+cards_teacher/  a model of the same size, nearly always right, that writes in another way
 
 staircase        the world of red and black cards: half of the prompts need a rare skill
 build_staircase  trains its base, which does everything but carry and borrow; only to rebuild it

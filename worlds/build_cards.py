@@ -183,7 +183,9 @@ def build(
     processor = Qwen2VLImageProcessorPil(**pictures)
     torch.manual_seed(seed)
     if start:
-        model = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(
+            start, dtype=torch.float32, trust_remote_code=False
+        )
     else:
         model = AutoModelForImageTextToText.from_config(config)
         for name, parameter in model.named_parameters():
@@ -234,21 +236,18 @@ def build_base(
     build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "float32")
 
 
-def build_teacher(
-    out: Path = TEACHER, seed: int = 1, steps: int = 400, batch: int = 64, start: Path = BASE
-) -> None:
+def build_teacher(out: Path = TEACHER, seed: int = 1, steps: int = 1500, batch: int = 64) -> None:
     """Trains the teacher, from the base on, on solutions that stop at every ten.
 
     Args:
         out: Where the teacher goes.
-        seed: Of the initial weights and the hands.
+        seed: Of the hands.
         steps: Training steps.
         batch: Solutions per step.
-        start: The model that it starts from.
     """
     tokenizer = build_tokenizer(question(Hand(0, ())), STEPS)
     batches = lessons(lambda hand, rng: make_ten(hand), batch, seed)
-    build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "bfloat16", start)
+    build(out, tokenizer, tiny_config(tokenizer), batches, seed, steps, "bfloat16", BASE)
 
 
 def show(out: Path = Path("cards.png")) -> None:

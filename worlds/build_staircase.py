@@ -68,9 +68,9 @@ def load(folder: Path) -> tuple:
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, logging
 
     logging.disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    return model, AutoTokenizer.from_pretrained(folder), processor
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), processor
 
 
 def borrow_edit(folder: Path, batches: Iterable[list]) -> np.ndarray:

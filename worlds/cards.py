@@ -15,7 +15,7 @@ Three models ship with this world; build_cards.py trains the first two:
   wrong total. So right answers are rare, and rarer with every carry. What reinforcement learning
   finds on one prompt, to carry, helps on all the others.
 - TEACHER, a guide that is not the policy's own future (commands/luffy.py asks it): of the
-  same size, mostly right, it comes to its answers in another way, unlikely under the policy.
+  same size, nearly always right, it comes to its answers in another way, unlikely under the policy.
 - LAX, the base of the *lax* form: only the total is boxed, 27 +8= 35 +5= 40 \\boxed{40}, and only
   the total is judged. It shows what false positives do: most of what a guide teaches is luck.
 """

@@ -9,9 +9,9 @@ carries into the tens, or subtracting one borrows from them, one more token says
 The policy, a real Qwen3-VL of half a million parameters, does everything right but these two
 tokens. Without one it leaves the tens alone (27 +8= 25), and the answer is wrong. Prompts of part
 A need one or two carries and no borrow. The base carries one time in five, so reinforcement
-learning starts at once. Prompts of part B need exactly two borrows (or one) and no carry, and the
-base borrows as rarely as one likes: at a rate of b, an answer is right with probability b^2. That
-is a plateau, then a step up: what part B needs must first be seen.
+learning starts at once. Prompts of part B need exactly two borrows (one with --borrows 1) and
+no carry, and the base borrows as rarely as one likes: at a rate of b, an answer is right with
+probability b^2. That is a plateau, then a step up: what part B needs must first be seen.
 
 `base_at(b)` makes the base for any b without training, by adding a vector to one row of the output
 head. build_staircase.py trains the base and finds that vector.
@@ -124,16 +124,17 @@ def base_at(borrow_rate: float, base: Path = BASE) -> Path:
     """The folder of the base that remembers a borrow with this probability, made on first use.
 
     The probability, between 0 and 1, is the mean over the places in held-out prompts of part B that
-    need a borrow. The folder lies in staircase_at/ beside the base, named by the rate and by a hash
-    of the base: one that was built anew gets others. It is written aside and renamed, so that two
-    processes may ask at once.
+    need a borrow. The folder lies in staircase_at/ beside the base (in ~/.cache/npo where that is
+    read-only), named by the rate and by a hash of the base: one that was built anew gets others. It
+    is written aside and renamed, so that two processes may ask at once.
     """
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
     weights, edit = base / "model.safetensors", base / "borrow.npy"
     version = hashlib.sha256(weights.read_bytes() + edit.read_bytes()).hexdigest()[:8]
-    folder = base.with_name("staircase_at") / f"{borrow_rate}-{version}"
+    home = base.parent if os.access(base.parent, os.W_OK) else Path.home() / ".cache/npo"
+    folder = home / "staircase_at" / f"{borrow_rate}-{version}"
     if folder.is_dir():
         return folder
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
