@@ -315,7 +315,7 @@ def train(config: AutoNPOConfig, out: Path) -> None:
             groups = run.sample(step)  # P groups of G completions
             verifier.score(groups)
             cache, slots = memory.cache, config.slots
-            guides = [cache.answers_to(group.prompt.id, step, slots) for group in groups]
+            guides = [cache.answers_to(group.prompt, step, slots) for group in groups]
             mixed = [replace_slot(g, guide, config.gate) for g, guide in zip(groups, guides)]
             stats = update(run.policy, run.optimizer, mixed, config)
             stats |= memory.observe(step, run.rows(step), groups, config)

@@ -127,7 +127,7 @@ def answers_for(
     """
     config = run.config
     if config.guide != "self":
-        return [cache.answers_to(group.prompt.id, step, config.slots) for group in groups]
+        return [cache.answers_to(group.prompt, step, config.slots) for group in groups]
     if step > (config.guided_until or config.steps):
         return [[] for _ in groups]
     rows = [row for row, g in zip(run.rows(step), groups) if g.pass_rate <= config.gate]

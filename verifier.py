@@ -69,11 +69,16 @@ def score(groups) -> None:
             if completion.accuracy not in (0, 1):  # a guide cache would silently drop 0.9
                 problem = f"accuracy is {completion.accuracy}; partial credit belongs in `reward`"
                 raise ValueError(f"prompt {prompt.id}: {problem}")
-            completion.reward = float(reward(prompt, completion))
-            if not math.isfinite(completion.reward):
-                raise FloatingPointError(f"prompt {prompt.id}: the reward is {completion.reward}")
+            set_reward(prompt, completion)
         left -= allowed - SYMPY.left
     SYMPY.left = math.inf
+
+
+def set_reward(prompt, completion) -> None:
+    """Sets `reward` of a completion whose accuracy is known; a guide's when it takes a slot."""
+    completion.reward = float(reward(prompt, completion))
+    if not math.isfinite(completion.reward):
+        raise FloatingPointError(f"prompt {prompt.id}: the reward is {completion.reward}")
 
 
 def is_correct(response: str | None, gold: str, choices: list[str] | None = None) -> bool:

@@ -163,7 +163,7 @@ def train(config: LUFFYConfig, out: Path) -> None:
         for step in run.steps():
             groups = run.sample(step)  # P groups of G completions
             verifier.score(groups)
-            mixed = [take_slots(g, cache.answers.get(g.prompt.id, [])) for g in groups]
+            mixed = [take_slots(g, cache.answers_to(g.prompt, step)) for g in groups]
             run.sampled_tokens -= replaced_tokens(groups, mixed)
             stats = update(
                 run.policy, run.optimizer, mixed, config, centered_advantages, shaped_loss

@@ -133,7 +133,7 @@ class NPOTrainer(trl.GRPOTrainer):
         for start in range(first // size * size, first + here, size):
             row, own = max(start - first, 0), batch[start : start + size]
             group = Group(prompt_of(self._asked[row]), EncodedPrompt(prompt_ids[row]), own)
-            guide = self.guides.answers_to(group.prompt.id, self.state.global_step + 1)
+            guide = self.guides.answers_to(group.prompt, self.state.global_step + 1)
             mixed = npo.replace_slot(group, guide, self.args.gate)
             for row, (before, after) in enumerate(zip(own, mixed.completions), start - first):
                 if after is not before and 0 <= row < here:

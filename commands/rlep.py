@@ -91,6 +91,9 @@ def train(config: RLEPConfig, out: Path) -> None:
                 else group
                 for group in groups
             ]
+            for group, answer in ((g, c) for g in mixed for c in g.completions):
+                if answer.source != "policy":
+                    verifier.set_reward(group.prompt, answer)
             run.sampled_tokens -= replaced_tokens(groups, mixed)
             stats = token_mean_update(run, mixed, config)
             run.end_step(step, groups, stats, mixed)

@@ -26,9 +26,10 @@ from plumbing.encode import (
     rendered,
     special_token,
 )
+from plumbing.own_code import is_function, load_function
 from plumbing.pictures import NO_IMAGE, as_seen, columns_of_pictures, undecoded
 from plumbing.rollout import Prompt
-from plumbing.rows import MORE_MARKS, read_row
+from plumbing.rows import BOXED, MORE_MARKS, read_row
 from worlds import cards, staircase
 
 COLUMNS = {"prompt": "problem", "images": "images", "answer": "answer", "choices": ""}  # geometry3k
@@ -82,12 +83,19 @@ def load_prompts(config) -> tuple[PromptSet, PromptSet]:
     """Training and held-out prompts of a configuration, read and introduced once per process."""
     world = config.borrows if config.in_world else 0
     limits = config.eval_prompts, config.max_prompt_tokens
-    return _load_prompts(config.dataset, world, config.columns, *limits, config.model_path)
+    words = config.columns, config.instruction
+    return _load_prompts(config.dataset, world, *words, *limits, config.model_path)
 
 
 @functools.lru_cache(maxsize=2)
 def _load_prompts(
-    dataset: str, world: int, columns: str, eval_prompts: int, max_tokens: int, model: str
+    dataset: str,
+    world: int,
+    columns: str,
+    instruction: str,
+    eval_prompts: int,
+    max_tokens: int,
+    model: str,
 ):
     parts = load_tokenizer(model), *image_parts(model)
     if world and parts[1] is None:
@@ -98,7 +106,7 @@ def _load_prompts(
         sizes = f"{len(train)} training and {len(sets[1])} held-out prompts"
         tqdm.write(f"{dataset}: {sizes}, each with a picture")
     else:
-        sets = dataset_prompts(dataset, columns, eval_prompts, max_tokens, parts)
+        sets = dataset_prompts(dataset, columns, instruction, eval_prompts, max_tokens, parts)
     first = sets[0][0]
     text = rendered(first.messages, parts[0], parts[2])
     if len(text) > MAX_SHOWN:
@@ -128,12 +136,12 @@ def world_prompts(name: str, borrows: int, split: str, count: int | None = None)
 
 
 def dataset_prompts(
-    dataset: str, columns: str, eval_prompts: int, max_tokens: int, parts: tuple
+    dataset: str, columns: str, instruction: str, eval_prompts: int, max_tokens: int, parts: tuple
 ) -> tuple[PromptSet, PromptSet]:
     """The training prompts of a data set, and its last `eval_prompts` rows, held out.
 
     Args:
-        columns: as in --columns.
+        columns, instruction: as in --columns and --instruction.
         max_tokens: longer prompts are dropped; 0 for no limit.
         parts: tokenizer, image processor and image token id that lengths are measured with.
     """
@@ -148,27 +156,30 @@ def dataset_prompts(
         )
     check_columns(dataset, data, names)
     kind = data.features[names["answer"]]
-    used = dict.fromkeys(column for column in names.values() if column in data.column_names)
-    data = undecoded(data.select_columns(list(used)), [names["images"]])
-    asked = [names[role] for role in ("prompt", "answer", "choices") if names[role] in used]
+    data = undecoded(data, data.column_names)
+    asked = [names[role] for role in ("prompt", "answer", "choices")]
+    asked = [column for column in asked if column in data.column_names]
 
     def make(id: str, row: dict) -> Prompt:
         try:
-            messages, images, gold, choices = read_row(row, names, folder, kind)
+            messages, images, gold, choices = read_row(row, names, folder, instruction, kind)
         except Unusable as error:
             raise UsageError(
                 f"{dataset}: {id} has changed since the start ({error}{error.shown})"
             ) from error
-        return Prompt(id, messages, [as_seen(image) for image in images], gold, choices)
+        images = [as_seen(image) for image in images]
+        return Prompt(id, messages, images, gold, choices, row=row)
 
     def check(row: dict) -> tuple[int, str]:
-        return check_row(row, names, folder, kind, max_tokens, parts)
+        return check_row(row, names, folder, instruction, kind, max_tokens, parts)
 
     sets, keys = [], []
     for name, rows in (("training", range(cut)), ("held-out", range(cut, len(data)))):
         some = data.select(rows)
         kept, dropped, found = check_rows(f"{dataset}, {name}", zip(rows, some), check)
-        id = f"{Path(dataset).name}-{fingerprint(zip(*(some[column] for column in asked)))}"
+        told = [instruction] if instruction != BOXED else []  # other words, another prompt
+        id = fingerprint([*zip(*(some[column] for column in asked)), *told])
+        id = f"{Path(dataset).name}-{id}"
         sets.append(PromptSet(id, data, make, kept, dropped))
         keys.append(found)
     trained = set(keys[0])
@@ -229,10 +240,10 @@ def check_rows(name: str, rows: Iterable[tuple[int, dict]], check: Callable) -> 
 
 
 def check_row(
-    row: dict, columns: dict, folder: Path, kind, max_tokens: int, parts: tuple
+    row: dict, columns: dict, folder: Path, instruction: str, kind, max_tokens: int, parts: tuple
 ) -> tuple[int, str]:
     """How many images a row has, and what is the same for the same prompt; raises Unusable."""
-    messages, images, gold, _ = read_row(row, columns, folder, kind)
+    messages, images, gold, _ = read_row(row, columns, folder, instruction, kind)
     sizes = [image.size for image in images]
     for image in images:
         image.close()
@@ -281,6 +292,11 @@ def open_dataset(name: str):
     """The rows of the split "train": of a data file, a folder, or a hub id."""
     import datasets  # takes a second to import, and the cards do without
 
+    if is_function(name):
+        rows = load_function("--dataset", name)()
+        if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
+            raise UsageError(f"--dataset {name}: must return a list of dicts, a row each")
+        return datasets.Dataset.from_list(rows)
     kind = FILE_TYPES.get(Path(name).suffix)
     if kind and not Path(name).is_file():
         raise UsageError(f"--dataset {name}: there is no such file")

@@ -37,4 +37,6 @@ def fingerprints(config) -> dict[str, str]:
             for name in names
         )
         found[what] = fingerprint(file_hashes([*map(Path, filter(None, files)), *more]))
+    if config.reward:
+        found["reward"] = file_hashes([Path(config.reward.rpartition(":")[0])])[0]
     return found

@@ -19,7 +19,7 @@ from plumbing.data import load_prompts
 from plumbing.encode import config_of, load_tokenizer, tokenizer_fingerprint, vision_token_ids
 from plumbing.files import append, is_sealed, json_lines, read_jsonl, seal_of, write_aside
 from plumbing.model import Policy
-from plumbing.rollout import Completion, Group
+from plumbing.rollout import Completion, Group, Prompt
 from plumbing.run import derived_seed, sampled_tokens, sampler_of
 
 VERSION = 3  # of the file's format
@@ -39,9 +39,15 @@ class GuideCache:
         """With those of the guide's own training."""
         return self.sampled_tokens + self.header.get("guide_sampled_tokens", 0)
 
-    def answers_to(self, prompt_id: str, step: int, slots: int = 1) -> list[Completion]:
-        """The guide's first `slots` answers to a prompt; none after the last guided step."""
-        return self.answers.get(prompt_id, [])[:slots] if step <= self.until else []
+    def answers_to(self, prompt: Prompt, step: int, slots: int = 1) -> list[Completion]:
+        """The guide's first `slots` answers to a prompt, paid by the reward of this run.
+
+        None after the last guided step.
+        """
+        found = self.answers.get(prompt.id, [])[:slots] if step <= self.until else []
+        for answer in found:
+            verifier.set_reward(prompt, answer)
+        return found
 
     def __str__(self) -> str:
         solved, prompts = len(self.answers), self.header["prompts"]
@@ -110,7 +116,8 @@ def build_guide_cache(
 
 
 def line_of(row: int, group: Group, guide_step: int, keep: int) -> dict:
-    source = {"source": f"guide@{guide_step}", "exact": True}  # its recorded log-probs are its own
+    name = f"guide@{guide_step}" if guide_step else "guide"  # of no run's checkpoint
+    source = {"source": name, "exact": True}  # its recorded log-probs are its own
     line = {
         "row": row,
         "prompt_id": group.prompt.id,  # another row's, if this one's picture is broken

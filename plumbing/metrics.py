@@ -98,6 +98,7 @@ def answer_metrics(groups: list[Group]) -> dict:
         "entropy": -sum(sum(c.behavior_logprobs) for c in completions) / sum(lengths),
         "completions/mean_length": statistics.fmean(lengths),
         "completions/clipped_ratio": statistics.fmean(not c.finished for c in completions),
+        "completions/answered_ratio": statistics.fmean(c.answer is not None for c in completions),
     } | ({"verifier/too_dear": too_dear} if too_dear else {})
 
 
@@ -119,6 +120,9 @@ def step_line(metrics: dict, steps: int, prompts_per_step: int) -> str:
         f"acc {metrics['accuracy']:.3f}",
         f"live {1 - metrics['frac_reward_zero_std']:.0%}",
     ]
+    usual = 0.9 * metrics["accuracy"] + 0.1 * metrics.get("completions/answered_ratio", 1)
+    if abs(metrics["reward"] - usual) > 1e-6:  # a reward of your own
+        parts.append(f"rew {metrics['reward']:.3f}")
     if metrics.get("npo/guide_frac"):
         guided = round(metrics["npo/guide_frac"] * prompts_per_step)
         distance = f" D {metrics['npo/distance']:.0f}" if "npo/distance" in metrics else ""

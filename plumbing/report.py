@@ -30,6 +30,8 @@ def report(out: str | Path, name: str) -> None:
     if "autonpo/reward" in lines[-1] and not decisions:
         tqdm.write("No warning: this run was plain GRPO.")
     summary |= {"updates": sum("loss" in line for line in lines), "decisions": decisions}
+    if lines[1:] and not any(line.get("accuracy") for line in lines):
+        tqdm.write("No answer was right in the whole run: look at samples.jsonl, gold and policy.")
     show_transcript(out)
     write_aside(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     draw(runs, decisions, out / "curves.png")

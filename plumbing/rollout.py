@@ -21,6 +21,7 @@ class Prompt:
     gold: str
     choices: list[str] | None = None
     working: str | None = None  # how a right answer begins, if the verifier sees only its end
+    row: dict | None = None  # of the data set, with all of its columns: for rewards of your own
 
 
 @dataclass

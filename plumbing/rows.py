@@ -153,13 +153,14 @@ def listed(stored) -> list:
 
 
 def read_row(
-    row: dict, columns: dict[str, str], folder: Path, kind=None
+    row: dict, columns: dict[str, str], folder: Path, instruction: str = BOXED, kind=None
 ) -> tuple[list[dict], list[Image.Image], str, list[str] | None]:
     """Messages, images (of which only the headers are read yet), gold, options; raises Unusable.
 
     Args:
         columns: the row's name for each of "prompt", "images", "answer" and "choices".
         folder: where the paths of its images start.
+        instruction: what every question ends with.
         kind: the type of the column of answers.
     """
     question, stored = row[columns["prompt"]], listed(row.get(columns["images"]))
@@ -177,5 +178,5 @@ def read_row(
             got=text[found.start() :],
         )
     content, images = compose(text, [open_image(one, folder) for one in stored])
-    content.append({"type": "text", "text": f"\n{BOXED}"})
+    content += [{"type": "text", "text": f"\n{instruction}"}] if instruction else []
     return [{"role": "user", "content": content}], images, gold, options

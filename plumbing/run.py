@@ -51,6 +51,7 @@ from plumbing.metrics import (
     transcript,
 )
 from plumbing.model import Policy
+from plumbing.own_code import load_function
 from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, write_rollouts
 from plumbing.rollout import Group, batched
 
@@ -148,6 +149,8 @@ class Run:
     def __init__(self, config, out, start: Path | None = None, spent_tokens=0, keep_back=0):
         self.config, self.out, self.keep_back = config, Path(out), keep_back
         open_directory(config, self.out)
+        if config.reward:
+            verifier.reward = load_function("--reward", config.reward, "prompt", "completion")
         if config.start:
             check_start(config.start, config.model_path, config.lora)
         start = start or config.start
@@ -198,7 +201,8 @@ class Run:
             tqdm.write(
                 f"{self.out}: steps {self.start_step + 1}-{config.steps}{resumed} | "
                 f"{batch_arithmetic(config)} | {len(self.train_prompts)} prompts, "
-                f"{len(self.held_out)} held out | {trained:,} trained parameters"
+                f"{len(self.held_out)} held out | {trained:,} trained parameters | "
+                f"lr {config.lr:g} | temperature {config.temperature:g}"
             )
             if self.keep_back:
                 reach = config.steps if "all" in self._kept_steps() else self.keep_back
@@ -308,9 +312,21 @@ class Run:
             rows = rollout_rows(step, groups[:shown], (mixed or groups)[:shown])
             write_rollouts(rollouts_path(self.out, step, self.rollbacks), rows)
         tqdm.write(step_line(metrics, self.config.steps, self.config.prompts_per_step))
+        if step == self.start_step + 20:
+            self._warn_if_nothing_is_right()
         self.step = step
         if last or step % self.config.save_every == 0 or str(step) in self._kept_steps():
             self.save()
+
+    def _warn_if_nothing_is_right(self) -> None:
+        lines = read_jsonl(self.out / "metrics.jsonl")
+        if not any(line.get("accuracy") for line in lines):
+            tqdm.write(
+                f"No answer was right in {len(lines) - 1} steps, so the policy learns nothing from "
+                f"accuracy. Look at gold and policy side by side in {self.out / 'samples.jsonl'}: "
+                "does the policy put its answer into \\boxed{}? Is it cut off (--max-new-tokens)? "
+                "Do the golds have a form that an answer can equal?"
+            )
 
     # ------------------------------------------------------------------------------ what is kept
 

@@ -13,6 +13,7 @@ import torch
 
 from plumbing import UsageError
 from plumbing.checkpoints import checkpoint_state
+from plumbing.rows import BOXED
 from worlds import cards, staircase
 
 WORLDS = {  # the embedded ones: how each of them finds its base
@@ -103,6 +104,8 @@ class RunConfig(ModelConfig):
     # Run
     dataset: str | None = None  # world, hub id, file, folder [the model's, else hiyouga/geometry3k]
     columns: str = ""  # prompt=problem,images=images,answer=answer,choices= [known or these]
+    instruction: str = BOXED  # what every question ends with; the worlds have none
+    reward: str | None = None  # my_file.py:function(prompt, completion) [verifier.reward]
     out: str = "runs"  # run directory; the same command resumes it
     fresh: bool = False  # start over; the run in --out is moved to OUT.old
     start: str | None = None  # checkpoint to go on from: its step, prompts, weights and AdamW
@@ -162,6 +165,10 @@ class RunConfig(ModelConfig):
         within(self, "rollouts", least=0)
         if self.borrows != 2 and self.dataset != "staircase":
             raise UsageError(f"--borrows {self.borrows}: needs --model staircase")
+        if self.instruction != BOXED and self.in_world:
+            raise UsageError(
+                f"--instruction: {self.dataset} asks in words of its own; leave it out"
+            )
         other = self.model in WORLDS and self.dataset != self.model
         if other and (self.in_world or self.model == "staircase"):
             raise UsageError(
