@@ -307,10 +307,10 @@ def test_the_ordinary_command_trains_on_a_random_model(tmp_path, capsys):
     config.check()
     assert config.prompts_per_step == 8 and config.dataset == f"{out}/questions.jsonl"
     small = {"prompts_per_step": 2, "eval_prompts": 12, "max_new_tokens": 20, "steps": 1}
-    small |= {"eval_samples": 1, "micro_batch_size": 8, "model": config.model}
+    small |= {"eval_samples": 8, "micro_batch_size": 8, "model": config.model}
     grpo.train(grpo.GRPOConfig(dataset=config.dataset, **small), str(tmp_path / "run"))
     start, line = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert 0.2 < start["eval/accuracy"] < 0.8  # half of the boxes are right
+    assert 0.1 < start["eval/accuracy"] < 0.8  # half of the boxes are right, and some are cut off
     assert line["frac_reward_zero_std"] == 0 and line["grad_norm"] > 0
     assert line["entropy"] == pytest.approx(math.log(151_936), abs=0.1)
     assert 5 < line["completions/mean_length"] < 18
