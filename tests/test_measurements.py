@@ -321,14 +321,6 @@ def test_the_ordinary_command_trains_on_a_random_model(tmp_path, capsys):
 # ---- speed.py ------------------------------------------------------------------------------------
 
 
-def test_mixed_answers_are_judged_as_they_are_meant(monkeypatch):
-    monkeypatch.setattr(speed, "NUMBERS", range(11, 13))
-    answers = speed.mixed_answers()
-    verdicts = [verifier.is_correct(*asked) for *asked, _ in answers]
-    assert verdicts == [right for *_, right in answers] and {*verdicts} == {True, False}
-    assert re.fullmatch(r"\d+ answers per second, 12 of them", speed.scoring())
-
-
 def test_a_timed_step_is_a_training_step(fresh, prompts):
     config = grpo.GRPOConfig(max_new_tokens=9, group_size=4)
     optimizer = torch.optim.AdamW(fresh.parameters(), 1e-3)
