@@ -26,7 +26,7 @@ from plumbing.encode import (
     rendered,
     special_token,
 )
-from plumbing.pictures import NO_IMAGE, as_seen, columns_of_pictures, undecoded
+from plumbing.pictures import NO_IMAGE, as_seen, columns_of_pictures
 from plumbing.rollout import Prompt
 from plumbing.rows import MORE_MARKS, read_row
 from worlds import cards, staircase
@@ -176,6 +176,18 @@ def dataset_prompts(
             f"{dataset}: {same} held-out prompts are training prompts, too, by text and gold"
         )
     return tuple(sets)
+
+
+def undecoded(data, columns: list[str]):
+    """Rows whose pictures stay as they are stored: checking 100,000 of them reads no pixels."""
+    import datasets
+
+    for column in columns:
+        feature = data.info.features.get(column)
+        feature = getattr(feature, "feature", feature)  # of a list's elements
+        if isinstance(feature, datasets.Image):
+            feature.decode = False
+    return data
 
 
 def check_columns(dataset: str, data, columns: dict[str, str]) -> None:

@@ -32,7 +32,9 @@ def teacher() -> Policy:
 
 def teacher_as_checkpoint(run, step: int):
     """A run whose checkpoint of that step is the teacher, which is nearly always right."""
-    shutil.copytree(cards.TEACHER, checkpoint_path(run, step))
+    folder = checkpoint_path(run, step)
+    shutil.copytree(cards.TEACHER, folder)
+    (folder / "state.json").write_text(json.dumps({"step": step, "sampled_tokens": 0}))
 
 
 # ---- signal_curve.py -----------------------------------------------------------------------------
