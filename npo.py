@@ -41,7 +41,14 @@ from grpo import GRPOConfig, update
 from plumbing import UsageError
 from plumbing.checkpoints import checkpoint_beside, checkpoint_path, checkpoint_state
 from plumbing.command import command_line, open_directory
-from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
+from plumbing.data import load_prompts
+from plumbing.guide_cache import (
+    GuideCache,
+    build_guide_cache,
+    guide_of_texts,
+    load_guide_cache,
+    told,
+)
 from plumbing.report import report
 from plumbing.rollout import Completion, Group
 from plumbing.run import Run, rows_of_steps, sampled_tokens
@@ -185,23 +192,32 @@ def go_ahead(config: NPOConfig, out: Path) -> str:
 
 def ask_guide(config: NPOConfig, guide: str, first_step: int, path: Path) -> GuideCache:
     """The guide's answers to the prompts of the steps that it guides."""
-    given = config.guided_until, config.is_correction
-    if guide.endswith(".jsonl"):
-        path, cache = Path(guide), load_guide_cache(guide, config, *given)
+    kind, source = told(guide)
+    until, prompts = config.guided_until or config.steps, load_prompts(config)[0]
+    if kind == "cache":
+        cache = load_guide_cache(source, config, config.guided_until, config.is_correction)
         until = cache.until
+    elif kind == "texts":
+        cache = guide_of_texts(source, config, until)
     else:
         # a guide that is no checkpoint of a run has step 0, and guides to the end
-        until = config.guided_until or checkpoint_state(guide)["step"] or config.steps
+        until = config.guided_until or checkpoint_state(source)["step"] or config.steps
     if until < first_step:
         raise UsageError(
             f"--guide {guide}: has no step to guide, from step {first_step} until step "
             f"{until}; take a later checkpoint, or a larger --guided-until"
         )
-    if not guide.endswith(".jsonl"):
-        rows = rows_of_steps(config, first_step, until)
-        build_guide_cache(path, config, guide, rows, until, config.slots)
-        cache = load_guide_cache(path, config, *given)
-    tqdm.write(f"{path}: {cache}")
+    rows = rows_of_steps(config, first_step, until)
+    if kind == "checkpoint":
+        build_guide_cache(path, config, source, rows, until, config.slots)
+        cache = load_guide_cache(path, config, config.guided_until, config.is_correction)
+    reach = cache.reach([prompts.id_of(row) for row in rows], first_step, until)
+    if config.guide and reach.startswith("0 "):
+        raise UsageError(
+            f"--guide {guide}: has answers to {reach}; was it made with another --seed, or for "
+            "other steps? Give its checkpoint: the answers are made anew"
+        )
+    tqdm.write(f"{source if config.guide else path}: {cache}; answers to {reach}")
     return cache
 
 

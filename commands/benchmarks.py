@@ -18,8 +18,8 @@ import datasets
 
 import verifier
 from plumbing import Unusable, UsageError
-from plumbing.data import fingerprint
-from plumbing.pictures import as_seen, open_image, undecoded
+from plumbing.data import fingerprint, undecoded
+from plumbing.pictures import as_seen, open_image
 from plumbing.rollout import Prompt
 from plumbing.rows import BOXED, MARKER, compose, listed, with_options
 

@@ -77,7 +77,7 @@ class Pool:
         """What a group, with its replayed slot if it has one, teaches the pool."""
         right = [c for c in group.completions if c.accuracy == 1]
         known = [c.token_ids for c in self.answers.get(row, [])]
-        new = {tuple(c.token_ids): c for c in right if c.finished and c.token_ids not in known}
+        new = {tuple(c.token_ids): c for c in right if c.token_ids not in known}
         new = [
             asdict(dataclasses.replace(c, source=f"past@{step}", exact=True)) for c in new.values()
         ]

@@ -1,13 +1,12 @@
-"""Three speeds, on one CPU thread. What is compared takes turns in one run; medians are printed.
+"""Two speeds, on one CPU thread. What is compared takes turns in one run; medians are printed.
 
     pip install -r requirements.txt -r requirements-trl.txt
-    python -m experiments.speed          # all three, some minutes
-    python -m experiments.speed scoring  # or step, or guided
+    python -m experiments.speed          # both, some minutes
+    python -m experiments.speed step     # or guided
 
 step     a GRPO step of ours against one of TRL's GRPOTrainer: the same tiny Qwen3-VL and text
          prompts (the cards written out), 8 prompts x 8 slots x 16 tokens, every group with signal
 guided   a step with a guide's answer in every group against one without, 16 prompts of the cards
-scoring  answers per second of `verifier.is_correct`: options, numbers, LaTeX; right and wrong
 """
 
 import importlib.util
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-import verifier
 from grpo import GRPOConfig, update
 from npo import replace_slot
 from plumbing.data import load_prompts, open_dataset
@@ -29,8 +27,6 @@ from plumbing.rollout import Group, Prompt
 from worlds import cards
 
 ROUNDS, STEPS = 7, 6  # STEPS steps of the one, then of the other, ROUNDS times
-NUMBERS = range(2, 102)  # six answers of each are scored
-OPTIONS = ["3 cm", "5 cm", "7 cm", "none of them"]
 
 
 def our_step(
@@ -132,37 +128,13 @@ def guided() -> str:
     return compared("guided", with_guides[2:], "plain", plain[2:])
 
 
-def mixed_answers() -> list[tuple[str, str, list[str] | None, bool]]:
-    """(response of 200 words, gold, options, whether it is right)."""
-    found = []
-    for n in NUMBERS:
-        found += [
-            ("C", "B", OPTIONS, False),
-            ("5 cm", "B", OPTIONS, True),
-            (f"{n}.0", f"{n}", None, True),
-            (rf"\frac{{{n}}}{{7}}", rf"\frac{{{2 * n}}}{{14}}", None, True),
-            (rf"\sqrt{{{n}}}", rf"\sqrt{{{n + 1}}}", None, False),
-            (f"x(x+{n})", f"x^2+{n}x", None, True),
-        ]
-    return [("Look at the picture. " * 50 + rf"\boxed{{{said}}}", *rest) for said, *rest in found]
-
-
-def scoring() -> str:
-    verifier.is_correct(r"\boxed{x+1}", "1+x")  # starts the worker process
-    answers, began = mixed_answers(), time.perf_counter()
-    for response, gold, options, _ in answers:
-        verifier.is_correct(response, gold, options)
-    rate = len(answers) / (time.perf_counter() - began)
-    return f"{rate:.0f} answers per second, {len(answers)} of them"
-
-
 def compared(name: str, seconds: list[float], other_name: str, other: list[float]) -> str:
     mine, theirs = statistics.median(seconds), statistics.median(other)
     return f"{name} {mine:.3f} s, {other_name} {theirs:.3f} s, ratio {mine / theirs:.2f}"
 
 
 def main() -> None:
-    parts = {"step": step, "guided": guided, "scoring": scoring}
+    parts = {"step": step, "guided": guided}
     chosen = sys.argv[1:] or list(parts)
     if unknown := set(chosen) - set(parts):
         raise SystemExit(f"error: {', '.join(unknown)}: choose from {', '.join(parts)}")

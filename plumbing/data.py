@@ -27,7 +27,7 @@ from plumbing.encode import (
     special_token,
 )
 from plumbing.own_code import is_function, load_function
-from plumbing.pictures import NO_IMAGE, as_seen, columns_of_pictures, undecoded
+from plumbing.pictures import NO_IMAGE, as_seen, columns_of_pictures
 from plumbing.rollout import Prompt
 from plumbing.rows import BOXED, MORE_MARKS, read_row
 from worlds import cards, staircase
@@ -62,6 +62,10 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.kept)
+
+    def id_of(self, place: int) -> str:
+        """The id of a prompt, without making it; another's is asked if its picture is broken."""
+        return f"{self.fingerprint}:{self.kept[place]}"
 
     def __getitem__(self, place: int) -> Prompt:
         first = range(len(self))[place]  # IndexError behind the last, which ends a loop
@@ -188,6 +192,18 @@ def dataset_prompts(
             f"{dataset}: {same} held-out prompts are training prompts, too, by text and gold"
         )
     return tuple(sets)
+
+
+def undecoded(data, columns: list[str]):
+    """Rows whose pictures stay as they are stored: checking 100,000 of them reads no pixels."""
+    import datasets
+
+    for column in columns:
+        feature = data.info.features.get(column)
+        feature = getattr(feature, "feature", feature)  # of a list's elements
+        if isinstance(feature, datasets.Image):
+            feature.decode = False
+    return data
 
 
 def check_columns(dataset: str, data, columns: dict[str, str]) -> None:

@@ -15,11 +15,18 @@ from tqdm import tqdm
 import verifier
 from plumbing import UsageError
 from plumbing.checkpoints import checked, checkpoint_state
+from plumbing.command import stored_config
 from plumbing.data import load_prompts
-from plumbing.encode import config_of, load_tokenizer, tokenizer_fingerprint, vision_token_ids
+from plumbing.encode import (
+    config_of,
+    load_tokenizer,
+    stop_ids,
+    tokenizer_fingerprint,
+    vision_token_ids,
+)
 from plumbing.files import append, is_sealed, json_lines, read_jsonl, seal_of, write_aside
 from plumbing.model import Policy
-from plumbing.rollout import Completion, Group, Prompt
+from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
 from plumbing.run import derived_seed, sampled_tokens, sampler_of
 
 VERSION = 3  # of the file's format
@@ -49,13 +56,67 @@ class GuideCache:
             verifier.set_reward(prompt, answer)
         return found
 
+    def reach(self, ids: list[str], first: int, last: int) -> str:
+        """How many of the prompts of steps `first` to `last`, given by their ids, it can guide."""
+        have = sum(id in self.answers for id in ids)
+        return f"{have} of the {len(ids)} prompts of steps {first}-{last}"
+
     def __str__(self) -> str:
         solved, prompts = len(self.answers), self.header["prompts"]
+        if "guide_step" not in self.header:  # of texts
+            return f"a right text for {solved} of {prompts} prompts"
         return (
             f"guide@{self.header['guide_step']} solved {solved} of {prompts} prompts "
             f"({solved / prompts:.0%}) within {self.header['samples']} answers, "
             f"{self.sampled_tokens:,} tokens"
         )
+
+
+def told(guide: str) -> tuple[str, Path]:
+    """What --guide names, by its content: "checkpoint", "cache" or "texts", and where that is.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    path = Path(guide)
+    if stored_config(path) and (path / "guide.jsonl").is_file():
+        path = path / "guide.jsonl"  # of a run
+    if {"config.json", "adapter_config.json"} & {p.name for p in path.glob("*config.json")}:
+        if not stored_config(path):
+            return "checkpoint", path
+    if path.is_file():
+        with open(path, "rb") as file:
+            first = file.readline(1 << 20)
+        if b'"version"' in first:
+            return "cache", path
+        if b'"text"' in first:
+            return "texts", path
+    raise UsageError(
+        f"--guide {guide}: is no guide; give self, a checkpoint's folder, the directory of a run "
+        "with a guide.jsonl, a guide.jsonl, or a .jsonl of answers, lines of "
+        '{"row": 7, "text": "..."}'
+    )
+
+
+def guide_of_texts(path: Path, config, until: int) -> GuideCache:
+    """Answers that somebody wrote, one or more to a prompt: those that are right guide it.
+
+    A line has "text", and "row" (as the file counts, from 0) or "prompt_id". Nobody recorded
+    log-probs, so the ratios start at 1.
+    """
+    prompts, tokenizer = load_prompts(config)[0], load_tokenizer(config.model_path)
+    places = {prompts.id_of(place): place for place in range(len(prompts))}
+    end, answers, lines = stop_ids(config.model_path, tokenizer)[0], {}, read_jsonl(path)
+    for number, line in enumerate(tqdm(lines, desc=f"reading {path}", delay=3), 1):
+        id = line.get("prompt_id", f"{prompts.fingerprint}:{line.get('row')}")
+        if not isinstance(line.get("text"), str) or id not in places:
+            raise UsageError(f"--guide {path}: line {number}: no text, or prompt {id} is not asked")
+        ids = tokenizer(line["text"], add_special_tokens=False).input_ids + [end]
+        answer = Completion(id, ids, None, line["text"], True, source="guide")
+        verifier.score([Group(prompts[places[id]], EncodedPrompt([]), [answer])])
+        if answer.accuracy and len(ids) <= config.max_new_tokens:
+            answers.setdefault(id, []).append(answer)
+    return GuideCache(answers, until, 0, {"prompts": len(prompts)})
 
 
 def build_guide_cache(

@@ -78,18 +78,6 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(min=0) * (255 / white)).round().astype(np.uint8))
 
 
-def undecoded(data, columns: list[str]):
-    """Rows whose pictures stay as they are stored: checking 100,000 of them reads no pixels."""
-    import datasets
-
-    for column in columns:
-        feature = data.info.features.get(column)
-        feature = getattr(feature, "feature", feature)  # of a list's elements
-        if isinstance(feature, datasets.Image):
-            feature.decode = False
-    return data
-
-
 def columns_of_pictures(data, used: list[str]) -> list[str]:
     """Columns, but those in use, that are of pictures by their type or by some of their values."""
     kinds = {name: repr(kind) for name, kind in data.features.items() if name not in used}

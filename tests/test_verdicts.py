@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import verifier
+from experiments import judging
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "verifier_cases.jsonl").open()]
 # the row was cut off, which its text alone does not show: `score` refuses it by `finished`
@@ -191,3 +192,10 @@ def test_right_answers_are_right_in_any_writing():
 def test_golds_that_nothing_can_equal(gold, reason):
     found = verifier.unanswerable(gold)
     assert found is None if reason is None else re.match(reason, found)
+
+
+def test_the_speed_is_measured_of_right_and_wrong_answers(monkeypatch):
+    verdicts = [verifier.is_correct(*answer) for answer in judging.ordinary(16)]
+    assert verdicts == [n not in (0, 6, 8) for n in range(16)]  # the second root is of 3
+    monkeypatch.setattr(judging, "PROMPTS", 1)
+    assert judging.rate(8) > 0 and judging.hostile_step(judging.HOSTILE[:1], 11) > 0
