@@ -192,7 +192,7 @@ def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> in
     both = sorted(quality.keys() & variance.keys())
     signals = {d: signal(quality[d], variance[d]) for d in both}
     best = max(signals, key=signals.get, default=0)
-    return best if best and signals[best] > 0 else 0
+    return best if best and quality[best] > 0 else 0
 
 
 @torch.no_grad()

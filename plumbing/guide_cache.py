@@ -81,9 +81,9 @@ def told(guide: str) -> tuple[str, Path]:
     path = Path(guide)
     if stored_config(path) and (path / "guide.jsonl").is_file():
         path = path / "guide.jsonl"  # of a run
-    if {"config.json", "adapter_config.json"} & {p.name for p in path.glob("*config.json")}:
-        if not stored_config(path):
-            return "checkpoint", path
+    model = {"config.json", "adapter_config.json"} & {p.name for p in path.glob("*config.json")}
+    if model and not stored_config(path):
+        return "checkpoint", path
     if path.is_file():
         with open(path, "rb") as file:
             first = file.readline(1 << 20)

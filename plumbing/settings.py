@@ -22,7 +22,7 @@ WORLDS = {  # the embedded ones: how each of them finds its base
     "staircase": lambda config: staircase.base_at(config.borrow_rate),
 }
 
-# What a field that is None becomes: (in an embedded world, elsewhere)
+# What a field that is None becomes: (for a world's prompts or model, elsewhere)
 BY_WORLD = {
     "max_new_tokens": (80, 4096),  # 4096 and 1e-6: the authors' settings
     "lr": (1e-4, 1e-6),
@@ -133,7 +133,8 @@ class RunConfig(ModelConfig):
             self.eval_samples = 0
         for name, (in_world, elsewhere) in BY_WORLD.items():
             if getattr(self, name, 0) is None:
-                setattr(self, name, in_world if self.in_world else elsewhere)
+                tiny = self.in_world or self.model in WORLDS
+                setattr(self, name, in_world if tiny else elsewhere)
                 if name == "lr" and self.lora:
                     self.lr *= 10
 

@@ -16,8 +16,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on every machine
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that pytest -n can use all cores
 
+import torch
+import transformers
+
 from plumbing import data
 from plumbing.checkpoints import make_optimizer, save_checkpoint
+from plumbing.encode import load_tokenizer
 from plumbing.model import Policy
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
 from plumbing.settings import RunConfig
@@ -25,6 +29,19 @@ from worlds import cards
 
 ROOT = Path(__file__).parent.parent
 
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WINDOW = {"sliding_window": 8, "query_pre_attn_scalar": 16}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+TEXT_MODELS = {  # name: its class of transformers, and what is its own
+    "qwen3": ("Qwen3Config", {}),
+    "llama": ("LlamaConfig", {}),
+    "gemma3": ("Gemma3TextConfig", WINDOW | LAYERS),
+    "gemma2": ("Gemma2Config", WINDOW | {"final_logit_softcapping": 1.5}),
+    "granite": ("GraniteConfig", {"logits_scaling": 3.0}),
+}
 # A run of seconds: fields of a configuration, the same as flags, and with fields that let it learn
 SIZES = {
     "prompts_per_step": 2,
@@ -66,6 +83,34 @@ def tiny(tmp_path_factory) -> dict:
 def prompts() -> data.PromptSet:
     """The cards world's training prompts."""
     return data.load_prompts(RunConfig())[0]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Makes the folder of a random model; its weights are large, so that all of it matters."""
+
+    def make(name: str):
+        path = tmp_path_factory.getbasetemp() / "text" / name
+        if not path.is_dir():
+            tokenizer = load_tokenizer(cards.BASE)
+            tokenizer.chat_template = TEMPLATE
+            size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
+            size |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
+            size |= {"vocab_size": len(tokenizer), "bos_token_id": None}
+            size |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+            kind, more = TEXT_MODELS[name]
+            torch.manual_seed(3)
+            model = transformers.AutoModelForCausalLM.from_config(
+                getattr(transformers, kind)(**size, **more)
+            )
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=0.15)
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        return path
+
+    return make
 
 
 @pytest.fixture

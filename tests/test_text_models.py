@@ -6,14 +6,7 @@ import pytest
 import torch
 from conftest import SIZES, cards_file, lucky
 from test_autonpo import EAGER, SMALL_CONSTANTS, contents
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 
 import autonpo
 import npo
@@ -22,60 +15,17 @@ from npo import NPOConfig
 from plumbing import UsageError, memory
 from plumbing.checkpoints import checkpoint_path
 from plumbing.data import load_prompts
-from plumbing.encode import load_tokenizer
 from plumbing.lora import merged_weights
 from plumbing.model import Policy
 from plumbing.rollout import Prompt
 from plumbing.run import read_jsonl
-from worlds import cards
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-WINDOW = {"sliding_window": 8, "query_pre_attn_scalar": 16}
-CONFIGS = {
-    "qwen3": (Qwen3Config, {}),
-    "llama": (LlamaConfig, {}),
-    "gemma3": (
-        Gemma3TextConfig,
-        WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    ),
-    "gemma2": (Gemma2Config, WINDOW | {"final_logit_softcapping": 1.5}),
-    "granite": (GraniteConfig, {"logits_scaling": 3.0}),
-}
 QUESTIONS = [
     "Start at 12 and add 8 5 3 9",
     "4 +8= 3",
     "27 +8= 35 +5= 40 +9= 49 and add the cards 1 2 3 4 5 6 7",
 ]
 SMALL = SIZES | {"eval_samples": 1, "max_new_tokens": 12, "lr": 1e-3}
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Makes the folder of a random model; its weights are large, so that all of it matters."""
-
-    def make(name: str):
-        path = tmp_path_factory.getbasetemp() / "text" / name
-        if not path.is_dir():
-            tokenizer = load_tokenizer(cards.BASE)
-            tokenizer.chat_template = TEMPLATE
-            size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
-            size |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
-            size |= {"vocab_size": len(tokenizer), "bos_token_id": None}
-            size |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-            kind, more = CONFIGS[name]
-            torch.manual_seed(3)
-            model = AutoModelForCausalLM.from_config(kind(**size, **more))
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    torch.nn.init.normal_(parameter, std=0.15)
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-        return path
-
-    return make
 
 
 @pytest.fixture(scope="session")
