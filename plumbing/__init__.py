@@ -15,6 +15,9 @@ data            prompts from an embedded world or any data set
 checkpoints     the only place that writes or removes one
 vllm_sampler    the only place that knows vLLM
 memory          what a configuration takes, before and at the start of a run
+own_code        a user's function, for --reward and --dataset
+record          rollouts/: every answer of a step
+track           live curves in wandb or trackio
 fingerprints    what a run must find again when it goes on
 command         flags in, exit code out
 run             the run directory, its seeds and its resume

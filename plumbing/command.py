@@ -6,7 +6,9 @@ import inspect
 import itertools
 import json
 import re
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -119,8 +121,28 @@ def open_directory(config, out: Path) -> None:
     prints = fingerprints(config)
     if begun and (differ := differing(stored_json(known), prints)):
         raise another_run(out, differ)
+    keep_code(out, bool(begun))
     write_aside(out / "config.json", json.dumps(mine, indent=2) + "\n")
     write_aside(known, json.dumps(prints, indent=2) + "\n")
+
+
+def keep_code(out: Path, begun: bool) -> None:
+    """Writes the commit and what differs from it to code.diff; tells a run that goes on with more.
+
+    Without git, and in an installed copy, there is nothing to write.
+    """
+
+    def git(*words: str) -> str:
+        here = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True}
+        return subprocess.run(["git", *words], **here).stdout if shutil.which("git") else ""
+
+    commit, path = git("rev-parse", "HEAD"), out / "code.diff"
+    before = path.read_text() if path.is_file() else ""
+    now = f"commit {commit}{git('diff', 'HEAD', '--', '*.py')}" if commit else ""
+    if now and not before.endswith(now):
+        write_aside(path, before + now)
+        if begun:
+            tqdm.write(f"{out}: goes on with other code than it began with; code.diff has both")
 
 
 def differing(theirs: dict, mine: dict) -> dict[str, tuple]:

@@ -54,6 +54,7 @@ from plumbing.model import Policy
 from plumbing.own_code import load_function
 from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, write_rollouts
 from plumbing.rollout import Group, batched
+from plumbing.track import Curve
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step
 
@@ -149,6 +150,7 @@ class Run:
     def __init__(self, config, out, start: Path | None = None, spent_tokens=0, keep_back=0):
         self.config, self.out, self.keep_back = config, Path(out), keep_back
         open_directory(config, self.out)
+        self.curve = Curve(config, self.out)
         if config.reward:
             verifier.reward = load_function("--reward", config.reward, "prompt", "completion")
         if config.start:
@@ -214,6 +216,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self.curve.close(failed=kind is not None)
         done = checkpoints(self.out)
         kept, now = str(done[-1]) if done else "none yet (the run starts over)", self.step + 1
         if kind is FloatingPointError:
@@ -360,6 +363,8 @@ class Run:
         if self.rollbacks:
             line = line | {"rollbacks": self.rollbacks}
         append(self.out / name, [line])
+        if name == "metrics.jsonl":
+            self.curve.log(line)
 
     def roll_back(self, step: int, memory: dict) -> None:
         """Goes back to an earlier checkpoint: weights, optimizer and step; `memory` goes along.

@@ -41,6 +41,7 @@ MAY_CHANGE_ON_RESUME = {
     "vllm_memory",
     "micro_batch_size",
     "rollouts",
+    "track",
 }
 
 
@@ -118,6 +119,7 @@ class RunConfig(ModelConfig):
     eval_samples: int | None = None  # 0: exact [cards, staircase 0; else 1; lax, teacher, file 4]
     save_every: int = 20  # steps between checkpoints (the NPO authors: 10 or 20)
     keep: str | None = None  # old checkpoints: all, none, steps as 40,100 [worlds all, else none]
+    track: Literal["", "wandb", "trackio"] = ""  # live curves, beside metrics.jsonl; pip install it
     rollouts: int = 8  # prompts per step whose answers are kept in rollouts/; 0: of none
     # Memory
     micro_batch_size: int | None = None  # sequences at a time, memory only [worlds 32, else 4]
