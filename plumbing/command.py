@@ -109,7 +109,7 @@ def open_directory(config, out: Path) -> None:
     lock(out)
     known = out / "fingerprints.json"
     written = {path.name.removesuffix(".tmp") for path in out.rglob("*") if path.is_file()}
-    begun = written - {LOCK, "config.json", known.name}  # else all may change
+    begun = written - {LOCK, "config.json", "code.diff", known.name}  # else all may change
     if begun:
         differ = differing(theirs, mine)
         differ = {name: both for name, both in differ.items() if name not in MAY_CHANGE_ON_RESUME}
@@ -121,9 +121,9 @@ def open_directory(config, out: Path) -> None:
     prints = fingerprints(config)
     if begun and (differ := differing(stored_json(known), prints)):
         raise another_run(out, differ)
-    keep_code(out, bool(begun))
     write_aside(out / "config.json", json.dumps(mine, indent=2) + "\n")
     write_aside(known, json.dumps(prints, indent=2) + "\n")
+    keep_code(out, bool(begun))
 
 
 def keep_code(out: Path, begun: bool) -> None:
