@@ -7,6 +7,7 @@ then step_000012_rollback1.parquet, beside the one that was undone.
 import re
 from pathlib import Path
 
+from plumbing.files import on_disk
 from plumbing.rollout import Group
 
 
@@ -68,4 +69,5 @@ def write_rollouts(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     parquet.write_table(pyarrow.Table.from_pylist(rows), aside)
+    on_disk(aside)
     aside.rename(path)
