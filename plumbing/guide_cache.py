@@ -109,8 +109,10 @@ def guide_of_texts(path: Path, config, until: int) -> GuideCache:
     end, answers, lines = stop_ids(config.model_path, tokenizer)[0], {}, read_jsonl(path)
     for number, line in enumerate(tqdm(lines, desc=f"reading {path}", delay=3), 1):
         id = line.get("prompt_id", f"{prompts.fingerprint}:{line.get('row')}")
-        if not isinstance(line.get("text"), str) or id not in places:
-            raise UsageError(f"--guide {path}: line {number}: no text, or prompt {id} is not asked")
+        if not isinstance(line.get("text"), str):
+            raise UsageError(f"--guide {path}: line {number} has no text")
+        if id not in places:  # held out, or dropped
+            continue
         ids = tokenizer(line["text"], add_special_tokens=False).input_ids + [end]
         answer = Completion(id, ids, None, line["text"], True, source="guide")
         verifier.score([Group(prompts[places[id]], EncodedPrompt([]), [answer])])
