@@ -111,6 +111,7 @@ def run(method, config, steps: int) -> None:
 def test_guided_steps_and_resume(folder, questions, tmp_path, name):
     """20 guided steps in one piece, and stopped after 13."""
     flags = SMALL | {"model": str(folder(name)), "dataset": str(questions), "scout_steps": 20}
+    flags |= {"lr": 1e-5}  # so small that groups stay mixed
     whole = NPOConfig(out=str(tmp_path / "whole"), **flags)
     run(npo.main, whole, 20)
     lines = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
