@@ -107,6 +107,7 @@ def run(method, config, steps: int) -> None:
         method(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3"])
 def test_guided_steps_and_resume(folder, questions, tmp_path, name):
     """20 guided steps in one piece, and stopped after 13."""
