@@ -118,7 +118,7 @@ def unanswerable(gold: str) -> str | None:
 
 # ---- Finding the answer ---------------------------------------------------------------
 
-BRACE = re.compile(r"\\+(?:boxed|fbox)(?:\s*\{|\s+(-?\d[\d.,]*\b|[A-Z]\b))|\\[{}\\]|[{}]")
+BRACE = re.compile(r"(?<!\\)\\+(?:boxed|fbox)(?:\s*\{|\s+(-?\d[\d.,]*\b|[A-Z]\b))|\\[{}\\]|[{}]")
 BETWEEN = re.compile(r"(?:[\s$,;、{}]|\\[,; ()\[\]]|\\q?quad|\\text\b|and\b|or\b|[和或]|\w+ ?=)*")
 
 
@@ -164,6 +164,8 @@ LETTERS = re.compile(r"[(\[{]?[A-J①-⑳](?:[ ~,;/()]*[A-J①-⑳])*[)\]}]?")
 
 def option_index(answer: str, choices: list[str]) -> int | None:
     """Which option an answer means, by its letter, text or both; None if that is not clear."""
+    if len(answer) > MAX_MATH_CHARS:
+        return None
     answer, texts = normalise(answer), [normalise(choice) for choice in choices]
     letter = LETTER.fullmatch(answer)
     if letter and (letter[1].isupper() or answer not in texts):

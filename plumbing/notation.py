@@ -43,14 +43,14 @@ LATEX = {  # pattern: replacement, in this order
     r">=|\\geq?(?:slant)?\b": r"\\geq ",
     r"!=|\\neq?\b": r"\\neq ",
     r"\s*\b(?:is equal to|equals)\b\s*|\s*等于\s*": "=",
-    r"[,~\s]*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])[~\s]*|\s*[和或与及]\s*": ", ",
+    r"(?<![,~\s])[,~\s]*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])[~\s]*|\s*[和或与及]\s*": ", ",
     r"\s+": " ",
     r" ?~[ ~]*": "~",
     r"~(?=[\^_])": "",
 }
 LATEX = [(re.compile(pattern), replacement) for pattern, replacement in LATEX.items()]
 LEAD_IN = re.compile(
-    r"(?:.*####|(?:(?:so|thus|hence|therefore|i choose)\b[, ]*)?(?:(?:the|la|le|die|el)\s+)?"
+    r"\A(?:.*####|(?:(?:so|thus|hence|therefore|i choose)\b[, ]*)?(?:(?:the|la|le|die|el)\s+)?"
     r"(?:(?:final|correct|right)\s+)?(?:answer|ans|option|choice|result|solution|respuesta|réponse|"
     r"antwort|opción)(?:\s+(?:is|es|est|ist|lautet)\b)?(?=[\s~:.=(])\s*[:.=]?"
     r"(?:[\s~]*(?:option|choice)(?=[\s~(]))?|(?:故|所以|因此)?(?:正确)?(?:答案|选项|应选|选|答)[是为选]?:?|"
@@ -82,7 +82,7 @@ def normalise(text: str) -> str:
         text = pattern.sub(replacement, text)
     before = None
     while before != text:
-        before, text = text, LEAD_IN.sub("", text.strip(" ~"), count=1).strip(" ~")
+        before, text = text, LEAD_IN.sub("", text.strip(" ~")).strip(" ~")
         if outer := OUTER.fullmatch(text):
             text = outer["a"] or outer["b"] or outer["c"] or ""
     return text

@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -114,6 +115,13 @@ def test_multiple_choice(response, gold, choices, right):
     assert is_correct(rf"\boxed{{{response}}}", gold, choices) is right
 
 
+@pytest.mark.parametrize("sign", ["_", "\\{", "、", "²", "$", "1,000"])
+def test_no_option_is_100_kilobytes_long(sign):
+    started = time.process_time()
+    assert not is_correct(rf"\boxed{{{sign * 50_000}}}", "B", OPTIONS)
+    assert time.process_time() - started < 5
+
+
 def test_letters_outside_a_box_do_not_count():
     assert not is_correct("The answer is B", "B", OPTIONS)
 
@@ -133,6 +141,10 @@ HOSTILE = {
     "a number": 5,
     "5,000 digits": r"\boxed{" + "9" * 5000 + "}",
     "division by zero": r"\boxed{\frac{1}{0}}",
+    "100,000 backslashes": "\\" * 100_000,
+    "1,000 quadruple primes": r"\boxed{" + "\u2057" * 990 + "}",
+    "1,000 underscores": r"\boxed{" + "_" * 990 + "}",
+    "1,000 commas": r"\boxed{" + "、" * 990 + "}",
     "900 parentheses": r"\boxed{" + "(" * 900 + "}",
 }
 
