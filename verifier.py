@@ -215,11 +215,6 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
     if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):  # case counts in m, Co and pH
         alike = gold.replace("~", " ").casefold() == answer.replace("~", " ").casefold()
         return alike and (len(gold) > 2 or gold.lower() in ("no", "on", "up")), "compared as words"
-    (gold, gold_unit), (answer, its_unit) = split_unit(gold), split_unit(answer)
-    if gold_unit and its_unit and gold_unit != its_unit:
-        return False, "another unit"
-    if (value := number(gold)) is not None and (said := number(answer)) is not None:
-        return said in (value, short_number(gold)), "compared as numbers"
     if not pieces(gold) or not pieces(answer):
         return False, "brackets that do not close"
     if len(pieces(gold)) == len(pieces(answer)) == 1:
@@ -227,6 +222,11 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
             return False, "an equation that does not say what the gold says"
         if values != (gold, answer):
             return same(*values)
+    (gold, gold_unit), (answer, its_unit) = split_unit(gold), split_unit(answer)
+    if gold_unit and its_unit and gold_unit != its_unit:
+        return False, "another unit"
+    if (value := number(gold)) is not None and (said := number(answer)) is not None:
+        return said in (value, short_number(gold)), "compared as numbers"
     (kind, golds), (its_kind, answers) = elements(gold), elements(answer)
     if re.search(r"[<>]|\\[lg]eq", gold + answer) or golds == [gold] and answers == [answer]:
         return same_formula(gold, answer)

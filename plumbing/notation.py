@@ -182,6 +182,8 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
         spaced = spaced and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z]", rest)  # 2 m g
         long = not re.match(r"(?!cm|km|mm|kg)[A-Za-z]{1,2}(?![a-z\d])", rest)
         if ("~" in gap[0] or spaced or long) and (found := unit(rest)):
+            if len(pieces(value)) > 1 and number(value) is None:
+                break  # 3 cm, 4 m: a unit of the last alone
             return value, found
     return text, None
 

@@ -67,6 +67,9 @@ Co CO co cO oC C O Co2 Cobalt
 north south nort North-east thorn northern n
 12\text{␣kg} 12\text{\ g} 12\text{\ lb} 12\text{\ kg}^2 12\text{\ km} 12^\circ 12\text{\ kg/s}
 12\text{␣kg} 12\text{million} 12万
+v=18␣m/s 18␣km/h v=18␣km/h 18\text{␣km/h} v=18␣s
+t=3␣s 3␣min t=3␣min 3\text{␣h}
+3\text{␣cm},4\text{␣m} 4␣cm,3␣cm 3,4␣cm 3␣m,4␣cm
 """  # a gold, and wrong answers near it; ␣ is a space
 UNITS = ("cm", "m", "kg", "s", "N", "J", "Pa", "Hz", "V", "mol", "L", "cm^2", "m^3", "m/s", "m/s^2")
 BROKEN = r"""
@@ -125,6 +128,8 @@ north␣east North␣East NORTH␣EAST \text{north␣east}
 18 18元 £18 ¥18 €18 18␣J 18␣mol 18\text{␣students} 18␣cm² 18㎡ 18千克 18␣square␣units 18␣kg·m/s
 18 18␣dollars 18个 18米/秒
 18␣m/s 18␣meters␣per␣second 18米/秒 18\text{␣m/s} 18\,\mathrm{m/s} 18
+v=18␣m/s 18␣m/s 18 v=18\text{␣m/s} v=18 18米/秒
+3\text{␣cm},4\text{␣m} 4\text{␣m},3\text{␣cm} 4␣m,3␣cm
 18␣cm^2 18␣square␣centimeters 18平方厘米 18␣cm² 18\text{␣cm}^2 18㎠ 18␣sq␣cm
 5\sqrt{3} 5\sqrt{3}\text{␣cm} 5\sqrt{3}~\mathrm{m} 5√3 5\sqrt3␣cm
 1.6e-19 1.6\times10^{-19} 1.60×10⁻¹⁹ \frac{16}{10^{20}} 16\cdot10^{-20} 1.6*10^{-19}
