@@ -228,6 +228,8 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
     if (value := number(gold)) is not None and (said := number(answer)) is not None:
         return said in (value, short_number(gold)), "compared as numbers"
     (kind, golds), (its_kind, answers) = elements(gold), elements(answer)
+    if value is not None and len(answers) > 1:
+        return gold == answer.replace(" ", ""), "a list for a number"
     if re.search(r"[<>]|\\[lg]eq", gold + answer) or golds == [gold] and answers == [answer]:
         return same_formula(gold, answer)
     if len(golds) == len(answers) == 1:
