@@ -228,12 +228,10 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
     if (value := number(gold)) is not None and (said := number(answer)) is not None:
         return said in (value, short_number(gold)), "compared as numbers"
     (kind, golds), (its_kind, answers) = elements(gold), elements(answer)
-    if value is not None and len(answers) > 1:
-        return gold == answer.replace(" ", ""), "a list for a number"
+    if value is not None and answers[1:] and re.findall(r"\d", gold) != re.findall(r"\d", answer):
+        return False, "a list for a number"
     if re.search(r"[<>]|\\[lg]eq", gold + answer) or golds == [gold] and answers == [answer]:
         return same_formula(gold, answer)
-    if len(golds) == len(answers) == 1:
-        return same(golds[0], answers[0])
     return same_lists(kind, golds, its_kind, answers), "compared as lists"
 
 
@@ -278,9 +276,8 @@ def without_names(gold: str, answer: str) -> tuple[str, str] | None:
     if rounded and (not exact.strip() or number(exact) is None or number(rounded) is None):
         answer = exact.strip() or rounded
     sides = gold.split("="), answer.split("=")
-    if len(sides[0]) != len(sides[1]) or len(sides[1]) > 2:
-        return None
-    if len(sides[1]) == 2 and not re.search("[A-Za-z]", sides[1][0]):
+    numeric = len(sides[1]) == 2 and not re.search("[A-Za-z]", sides[1][0])
+    if numeric or len(sides[0]) != len(sides[1]) or len(sides[1]) > 2:
         return None
     return gold.strip(" ~"), answer.strip(" ~")
 
