@@ -195,7 +195,7 @@ WORDS = re.compile(r"[^\W\d_]+(?:[ ~'-]+[^\W\d_]+)*")
 PROSE = r"is|of|if|not?|for|all|any|odd|the|are|but|its|th|st|nd|rd|to|by|at|as|be|in|it"
 UNCLEAR = re.compile(  # math-verify reads 15 in "7 8", 7 in 7_8, in 7' and in 7\ldots
     r"\d ?_|\d[ ~]+\d|\.\d*\.|(?<![A-Za-z])'|[\"%?#@]|--|\+\+|[^\W\d_]{4,}|[^\x00-\x7fΩμ°]|"
-    rf"\\[lc]?dots|(?<![A-Za-z\\])(?:{PROSE})(?![A-Za-z])"
+    rf"(?<![A-Za-z\\])(?:{PROSE})(?![A-Za-z])"
 )
 
 
@@ -289,10 +289,11 @@ def same_formula(gold: str, answer: str) -> tuple[bool, str]:
     if len(ratios[0]) > 1 or len(ratios[1]) > 1:
         alike = len(ratios[0]) == len(ratios[1]) and all(same(*pair)[0] for pair in zip(*ratios))
         return alike, "compared as ratios"
-    commands = r"\\(?:begin|end)\{\w+\}|\\(?![lc]?dots)[A-Za-z]+(?:_\w)?"
-    for text in (gold, answer):
-        if UNCLEAR.search(re.sub(commands, r"\\", text)):
-            return False, "no clear LaTeX, and not equal as text"
+    commands = r"\\(?:begin|end)\{\w+\}|\\(?![lc]?dots|\w*angle|over\w|phantom)[A-Za-z]+(?:_\w)?"
+    bare = [re.sub(commands, r"\\", text) for text in (gold, answer)]
+    other = any(sign not in bare[0] and sign.swapcase() in bare[0] for sign in bare[1])  # m for M
+    if other or any(map(UNCLEAR.search, bare)):
+        return False, "no clear LaTeX, and not equal as text"
     return SYMPY.equal(gold, answer), "compared by math-verify"
 
 

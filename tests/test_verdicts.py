@@ -67,6 +67,12 @@ Co CO co cO oC C O Co2 Cobalt
 north south nort North-east thorn northern n
 12\text{␣kg} 12\text{\ g} 12\text{\ lb} 12\text{\ kg}^2 12\text{\ km} 12^\circ 12\text{\ kg/s}
 12\text{␣kg} 12\text{million} 12万
+3M␣+␣1 3m␣+␣1
+\sin␣A \sin␣a
+R_1 r_1
+\angle␣ABC \angle␣ACB ∠CAB
+\triangle␣ABC \triangle␣ACB
+41 \phantom{41}
 v=18␣m/s 18␣km/h v=18␣km/h 18\text{␣km/h} v=18␣s
 t=3␣s 3␣min t=3␣min 3\text{␣h}
 3\text{␣cm},4\text{␣m} 4␣cm,3␣cm 3,4␣cm 3␣m,4␣cm
