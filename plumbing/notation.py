@@ -178,7 +178,7 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
         return text[1:], unit(text[0])
     for gap in re.finditer(r"(?<=[\d)}!])[ ~]*(?=[^\W\d_]|[°$£¥€])|~(?=[A-Za-z])", text):
         value, rest = text[: gap.start()], text[gap.end() :]
-        spaced = gap[0] and PLAIN.fullmatch(value.lstrip("-+"))
+        spaced = gap[0] and not re.search(r"/|\\frac", value) and number(value) is not None
         spaced = spaced and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z]", rest)  # 2 m g
         long = not re.match(r"(?!cm|km|mm|kg)[A-Za-z]{1,2}(?![a-z\d])", rest)
         if ("~" in gap[0] or spaced or long) and (found := unit(rest)):

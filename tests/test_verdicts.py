@@ -76,6 +76,7 @@ R_1 r_1
 \triangle␣ABC \triangle␣ACB
 41 \phantom{41}
 v=18␣m/s 18␣km/h v=18␣km/h 18\text{␣km/h} v=18␣s
+3\times10^8␣m/s 3\times10^8␣km/s 3\times10^8␣m
 t=3␣s 3␣min t=3␣min 3\text{␣h}
 3\text{␣cm},4\text{␣m} 4␣cm,3␣cm 3,4␣cm 3␣m,4␣cm
 """  # a gold, and wrong answers near it; ␣ is a space
@@ -138,6 +139,8 @@ north␣east North␣East NORTH␣EAST \text{north␣east}
 18␣m/s 18␣meters␣per␣second 18米/秒 18\text{␣m/s} 18\,\mathrm{m/s} 18
 v=18␣m/s 18␣m/s 18 v=18\text{␣m/s} v=18 18米/秒
 3\text{␣cm},4\text{␣m} 4\text{␣m},3\text{␣cm} 4␣m,3␣cm
+3\times10^8 3\times10^8␣m/s 3\times10^{8}␣N 3e8␣J
+1.5\times10^3␣N 1500␣N 1500
 18␣cm^2 18␣square␣centimeters 18平方厘米 18␣cm² 18\text{␣cm}^2 18㎠ 18␣sq␣cm
 5\sqrt{3} 5\sqrt{3}\text{␣cm} 5\sqrt{3}~\mathrm{m} 5√3 5\sqrt3␣cm
 1.6e-19 1.6\times10^{-19} 1.60×10⁻¹⁹ \frac{16}{10^{20}} 16\cdot10^{-20} 1.6*10^{-19}
