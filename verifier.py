@@ -158,8 +158,8 @@ def extract_answer(response: str | None) -> str | None:
 # ---- Multiple choice ------------------------------------------------------------------
 
 LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
-LETTER_AND_TEXT = re.compile(r"(?:\(([A-Z])\)[.:,]?|([A-Z])(?:[.:),]| - |~))[ ~]*(\S.*)", re.DOTALL)
-LETTERS = re.compile(r"[(\[{]?[A-J①-⑳](?:[ ~,;/()]*[A-J①-⑳])*[)\]}]?")
+LETTER_AND_TEXT = re.compile(r"(?:\(([A-Z])\)[.:,]?|([A-Z])(?:~?[.:),]| - |~| (?=\()))[ ~]*(\S.*)", re.DOTALL)
+LETTERS = re.compile(r"(?:\\?[(\[{])?[A-J①-⑳](?:[ ~,;/()]*[A-J①-⑳])*(?:\\?[)\]}])?")
 
 
 def option_index(answer: str, choices: list[str]) -> int | None:

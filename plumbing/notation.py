@@ -50,10 +50,10 @@ LATEX = {  # pattern: replacement, in this order
 }
 LATEX = [(re.compile(pattern), replacement) for pattern, replacement in LATEX.items()]
 LEAD_IN = re.compile(
-    r"\A(?:.*####|(?:(?:so|thus|hence|therefore|i choose)\b[, ]*)?(?:(?:the|la|le|die|el)\s+)?"
+    r"\A(?:.*####|(?:so|thus|hence|therefore)\b[, ]+|∴|(?:(?:so|thus|hence|therefore|i choose)\b[, ]*)?(?:(?:the|la|le|die|el)\s+)?"
     r"(?:(?:final|correct|right)\s+)?(?:answer|ans|option|choice|result|solution|respuesta|réponse|"
-    r"antwort|opción)(?:\s+(?:is|es|est|ist|lautet)\b)?(?=[\s~:.=(])\s*[:.=]?"
-    r"(?:[\s~]*(?:option|choice)(?=[\s~(]))?|(?:故|所以|因此)?(?:正确)?(?:答案|选项|应选|选|答)[是为选]?:?|"
+    r"antwort|opción)s?(?:\s+(?:is|are|es|est|ist|lautet)\b)?(?=[\s~:.=(])\s*[:.=]?"
+    r"(?:[\s~]*(?:option|choice)(?=[\s~(]))?|(?:故|所以|因此)?(?:正确)?(?:答案|选项|选择|应选|选|答)[是为选]?:?|"
     r"\w+\s*\\in(?=\W))[\s~]*(?=\S)",
     re.IGNORECASE | re.DOTALL,
 )

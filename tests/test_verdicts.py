@@ -128,8 +128,8 @@ x^2-y^2 x²-y² (x+y)(x-y) -y^2+x^2 x^{2}-y^{2} (x-y)(y+x)
 x\geq5 x≥5 x>=5 x\ge5 5\leq␣x x\geqslant5 5≤x
 2:3 2：3 2␣:␣3 2:3.0
 C c (C) C. C) [C] C:␣14 C␣-␣14 (C)␣14 选C 故选：C 答案C 选项C option␣C Choice␣C \textbf{C.␣14}
-C C、14 C．14
-A,C,D ACD C,A,D A;C;D A、C、D A,␣C␣and␣D DCA (A)(C)(D) A和C和D A␣C␣D
+C C、14 C．14 C␣(14) \textbf{C}.␣14 \textbf{C}:␣14 选择C So␣C
+A,C,D ACD C,A,D A;C;D A、C、D A,␣C␣and␣D DCA (A)(C)(D) A和C和D A␣C␣D \{A,C,D\} Options␣A,␣C␣and␣D The␣answers␣are␣A,C,D
 ②④ ②、④ ④② ②,④ ②和④
 no No NO \text{no} no. **No**
 north␣east North␣East NORTH␣EAST \text{north␣east}
