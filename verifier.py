@@ -301,7 +301,6 @@ def same_formula(gold: str, answer: str) -> tuple[bool, str]:
 
 LENGTHS = ["3 cm", "5 cm", "7 cm"]
 EXAMPLES = [  # response, gold, choices
-    (r"27 +8= 35 \boxed{35}", "35", None),
     (r"first \boxed{1}, no: \boxed{2}", "1", None),
     (r"so it is \boxed{\frac{1}{2}}", "0.5", None),
     (r"<answer> x = 3 </answer>", "3", None),
@@ -311,7 +310,6 @@ EXAMPLES = [  # response, gold, choices
     (r"\boxed{B: 7 cm}", "B", LENGTHS),
     (r"it must be B", "B", LENGTHS),
     (r"\boxed{35", "35", None),
-    (r"\boxed{act}", "cat", None),
     (r"\boxed{9^{9^{9^{9}}}}", "7", None),
 ]
 
