@@ -13,11 +13,13 @@ from fractions import Fraction
 # ---- One notation ---------------------------------------------------------------------
 
 SIGNS = r"""
-– -|— -|− -|‑ -|· \cdot |∙ \cdot |⋅ \cdot |× \times |÷ /|⁄ /|± \pm |√ \sqrt |∞ \infty |π \pi
-θ \theta |α \alpha |β \beta |λ \lambda |∠ \angle |△ \triangle |≤ \leq |≥ \geq |≠ \neq |≈ \approx
+– -|— -|− -|‐ -|· \cdot |∙ \cdot |⋅ \cdot |× \times |÷ /|⁄ /|± \pm |√ \sqrt |∞ \infty |∶ :
+⩽ \leq |⩾ \geq |∅ \emptyset |∩ \cap |∠ \angle |△ \triangle |≤ \leq |≥ \geq |≠ \neq |≈ \approx
 ∪ \cup |∈ \in |、 , |。 .|‘ '|’ '|′ '|“ "|” "|″ "|⟨ (|⟩ )|〈 (|〉 )
 """  # what NFKC leaves, and what it becomes
 SIGNS = dict(pair.split(" ", 1) for pair in re.split("[|\n]", SIGNS.strip()))
+for sign in "αβγδεζηθικλνξπρστυφχψω":  # μ is also a unit's prefix
+    SIGNS[sign] = "\\" + unicodedata.name(sign).split()[-1].lower().replace("lamda", "lambda")
 SIGNS = {sign: latex + " " * latex.startswith("\\") for sign, latex in SIGNS.items()}
 FONT = r"\\(?:text\w*|math(?!bb|cal)\w+|mbox|boldsymbol|bm|emph|underline|boxed|fbox)\s*"
 FONT = re.compile(FONT + r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
@@ -29,6 +31,7 @@ LATEX = {  # pattern: replacement, in this order
     r"\\[dtc]frac": r"\\frac",
     r"\\frac\s*(\d)\s*(\d)": r"\\frac{\1}{\2}",
     r"\\sqrt\s*(\d+|[A-Za-z])": r"\\sqrt{\1}",
+    r"\\sqrt\s*\(([^()]*)\)": r"\\sqrt{\1}",
     r"\^\s*\{?\s*\\circ\s*\}?|\\degree": "°",
     r"\\Omega\b": "Ω",
     r"\\mu\b\s*": "μ",

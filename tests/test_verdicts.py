@@ -117,16 +117,20 @@ SAME = r"""
 31400 31,400 31{,}400 31␣400 31\,400 31~400 31400.0 3.14\times10^4 3.14e4 3.14E+4 \$31,400
 31400 ３１４００
 0.375 \frac{3}{8} 3/8 \dfrac38 .375 37.5\% 0.3750 3.75\times10^{-1} 375e-3 ⅜ \frac{6}{16}
--5 –5 −5 －5 -5.0 -\frac{10}{2} \frac{-10}{2} \frac{10}{-2}
+-5 –5 −5 －5 ‐5 ‑5 -5.0 -\frac{10}{2} \frac{-10}{2} \frac{10}{-2}
 7/2 3½ 3\frac{1}{2} 3␣1/2 3.5 3\frac12 \frac{7}{2}
 60^\circ 60° 60º 60˚ 60 60^{\circ} 60␣degrees 60\text{␣degrees} 60度
-2\sqrt{3} 2√3 \sqrt{12} 2\cdot\sqrt3 \sqrt{3}\cdot2 \frac{6}{\sqrt{3}} √12
+2\sqrt{3} 2√3 \sqrt{12} 2\cdot\sqrt3 \sqrt{3}\cdot2 \frac{6}{\sqrt{3}} √12 2√(3) 2\sqrt(3)
+\omega+\phi ω+φ
+\lambda\tau λτ
+A\cap␣B A∩B
+\emptyset ∅
 x^2-y^2 x²-y² (x+y)(x-y) -y^2+x^2 x^{2}-y^{2} (x-y)(y+x)
 (3,4) \langle3,4\rangle （3，4） (3;4) (3.0,4) x=3,y=4 y=4,x=3 3,4 (x,y)=(3,4)
 \{2,9\} \{9,2\} 9,2 2、9 2␣and␣9 2␣or␣9 \lbrace2,9\rbrace x=9␣or␣x=2 2和9 \{2.0,9\}
 [1,\infty) x\in[1,\infty) [1,∞) \left[1,\infty\right) [1,+\infty)
-x\geq5 x≥5 x>=5 x\ge5 5\leq␣x x\geqslant5 5≤x
-2:3 2：3 2␣:␣3 2:3.0
+x\geq5 x≥5 x>=5 x\ge5 5\leq␣x x⩾5 5⩽x x\geqslant5 5≤x
+2:3 2∶3 2：3 2␣:␣3 2:3.0
 C c (C) C. C) [C] C:␣14 C␣-␣14 (C)␣14 选C 故选：C 答案C 选项C option␣C Choice␣C \textbf{C.␣14}
 C C、14 C．14 C␣(14) \textbf{C}.␣14 \textbf{C}:␣14 选择C So␣C
 A,C,D ACD C,A,D A;C;D A、C、D A,␣C␣and␣D DCA (A)(C)(D) A和C和D A␣C␣D \{A,C,D\} Options␣A,␣C␣and␣D The␣answers␣are␣A,C,D
