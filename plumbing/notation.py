@@ -142,19 +142,19 @@ g 克 gram gm|kg 千克 公斤 kilogram|t 吨 ton tonne|lb lbs pound|s 秒 sec s
 h 小时 时 hr hour|day 天 日|week 周|month 月 个月|year 年 岁 yr|mL ml 毫升|L l 升 liter litre
 N 牛 牛顿 newton|J 焦耳 joule|W 瓦 瓦特 watt|V 伏 伏特 volt|A 安培 amp ampere|Ω 欧 欧姆 ohm
 Hz 赫兹 hertz|Pa 帕 pascal|C 库仑 coulomb|K kelvin|am AM|pm PM|mol 摩尔 mole|rad 弧度 radian|° 度 deg degree
-°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|€ euro 欧元|cent|mph|rpm|hectare ha 公顷|acre
+°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|₹ rupee|€ euro 欧元|cent|mph|rpm|hectare ha 公顷|acre
 gallon|unit 单位|person 人 名 people|child children|piece 个 只 件 张 块 条 本 支 辆 棵 台 头
 way 种
 """
 UNITS = {name: names.split()[0] for names in re.split("[|\n]", UNITS) for name in names.split()}
-PREFIXED = re.compile(r"[pnμmckMG]?(?:[mgsNJWVAΩLTFCH]|Hz|Pa|mol|eV|Wb|Wh|bar|cal)|d[mL]|atm")
+PREFIXED = re.compile(r"[pnμmckMG]?(?:[mgsNJWVAΩLTFCH]|Hz|Pa|mol|eV|Wb|Wh|bar|cal)|d[mLB]|atm|l[mx]")
 NOUN = re.compile(
     "(?!.*(?:illion|thousand|hundred|dozen|half|halve|quarter|percent|lakh|crore|th|third|ten|les|plu|minu)s)[a-z]{3,}s"
 )
 COUNTED = re.compile("[^百千万亿兆十分之倍不或约多上下左右第余几半负点减加成折打的错]{1,4}(?<!方)")
 POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 PART = re.compile(
-    rf"(/|per[ ~]|每)?[ ~*]*(?:({'|'.join(POWERS)})(?![a-z])\.?)?[ ~]*(°[CF]?|[$£¥€]|[^\W\d_]+)\.?"
+    rf"(/|per[ ~]|每)?[ ~*]*(?:({'|'.join(POWERS)})(?![a-z])\.?)?[ ~]*(°[CF]?|[$£¥€₹]|[^\W\d_]+)\.?"
     r"(?:\^?\{?(-?\d)\}?(?!\d))?[\s~]*(?:\\cdot|\*)?[\s~]*"
 )
 
@@ -177,12 +177,12 @@ def unit(text: str) -> dict[str, int] | None:
 
 def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
     r"""("5", {"m": 1}) of "5 m" and of "5~m"; in 5m and "\pi m" the m may be any quantity."""
-    if text[:1] and text[0] in "$£¥€" and number(text[1:]) is not None:
+    if text[:1] and text[0] in "$£¥€₹" and number(text[1:]) is not None:
         return text[1:], unit(text[0])
-    for gap in re.finditer(r"(?<=[\d)}!])[ ~]*(?=[^\W\d_]|[°$£¥€])|~(?=[A-Za-z])", text):
+    for gap in re.finditer(r"(?<=[\d)}!])[ ~]*(?=[^\W\d_]|[°$£¥€₹])|~(?=[A-Za-z])", text):
         value, rest = text[: gap.start()], text[gap.end() :]
         spaced = gap[0] and not re.search(r"/|\\frac", value) and number(value) is not None
-        spaced = spaced and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z]", rest)  # 2 m g
+        spaced = spaced and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z](?!\^\{?-)", rest)  # 2 m g
         long = not re.match(r"(?!cm|km|mm|kg)[A-Za-z]{1,2}(?![a-z\d])", rest)
         if ("~" in gap[0] or spaced or long) and (found := unit(rest)):
             if len(pieces(value)) > 1 and number(value) is None:

@@ -138,6 +138,7 @@ A,C,D ACD C,A,D A;C;D A、C、D A,␣C␣and␣D DCA (A)(C)(D) A和C和D A␣C�
 no No NO \text{no} no. **No**
 north␣east North␣East NORTH␣EAST \text{north␣east}
 18 18␣N 18␣V 18␣Hz 18␣kPa 18␣m/s 18\,\Omega 18°C 18␣rad 18\text{␣km/h} 18␣inches 18厘米 18平方米
+18 ₹18 18␣dB 18␣lx 18␣m␣s^{-1}
 18 18元 £18 ¥18 €18 18␣J 18␣mol 18\text{␣students} 18␣cm² 18㎡ 18千克 18␣square␣units 18␣kg·m/s
 18 18␣dollars 18个 18米/秒
 18␣m/s 18␣meters␣per␣second 18米/秒 18\text{␣m/s} 18\,\mathrm{m/s} 18
