@@ -27,7 +27,7 @@ import math
 import re
 from types import SimpleNamespace
 
-from plumbing.notation import elements, named, normalise, number, pieces, short_number, split_unit
+from plumbing.notation import bare, elements, named, normalise, number, pieces, short_number, split_unit
 from plumbing.sympy_process import SympyProcess, TooDear
 
 ACCURACY_WEIGHT, FORMAT_WEIGHT = 0.9, 0.1  # as in the NPO authors' configurations
@@ -208,12 +208,12 @@ def equal(gold: str, answer: str) -> tuple[bool, str]:
 
 def same(gold: str, answer: str) -> tuple[bool, str]:
     """`equal` of what is normalised already."""
-    if gold.replace("~", " ") == answer.replace("~", " "):
+    if bare(gold) == bare(answer):
         return True, "equal as text"
     if LETTERS.fullmatch(gold):
         return letters(gold) == letters(answer), "compared as option letters"
     if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):  # case counts in m, Co and pH
-        alike = gold.replace("~", " ").casefold() == answer.replace("~", " ").casefold()
+        alike = bare(gold).casefold() == bare(answer).casefold()
         return alike and (len(gold) > 2 or gold.lower() in ("no", "on", "up")), "compared as words"
     if not pieces(gold) or not pieces(answer):
         return False, "brackets that do not close"
@@ -290,9 +290,9 @@ def same_formula(gold: str, answer: str) -> tuple[bool, str]:
         alike = len(ratios[0]) == len(ratios[1]) and all(same(*pair)[0] for pair in zip(*ratios))
         return alike, "compared as ratios"
     commands = r"\\(?:begin|end)\{\w+\}|\\(?![lc]?dots|\w*angle|over\w|phantom)[A-Za-z]+(?:_\w)?"
-    bare = [re.sub(commands, r"\\", text) for text in (gold, answer)]
-    other = any(sign not in bare[0] and sign.swapcase() in bare[0] for sign in bare[1])  # m for M
-    if other or any(map(UNCLEAR.search, bare)):
+    plain = [re.sub(commands, r"\\", text) for text in (gold, answer)]
+    other = any(c not in plain[0] and c.swapcase() in plain[0] for c in plain[1])  # m for M
+    if other or any(map(UNCLEAR.search, plain)):
         return False, "no clear LaTeX, and not equal as text"
     return SYMPY.equal(gold, answer), "compared by math-verify"
 

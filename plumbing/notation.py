@@ -91,6 +91,11 @@ def normalise(text: str) -> str:
     return text
 
 
+def bare(text: str) -> str:
+    """The text without tildes; 5 m is 5m."""
+    return re.sub(r"(?<=\d)[ ~]+(?=[^\W\d_])", "", text).replace("~", " ")
+
+
 # ---- Numbers --------------------------------------------------------------------------
 
 PLAIN = re.compile(r"(?=.*\d)(?:[1-9]\d{0,2}(?:[, ]\d{3})+|\d{1,400})?(?:\.\d{1,400})?")
@@ -182,7 +187,7 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
     for gap in re.finditer(r"(?<=[\d)}!])[ ~]*(?=[^\W\d_]|[°$£¥€₹])|~(?=[A-Za-z])", text):
         value, rest = text[: gap.start()], text[gap.end() :]
         spaced = gap[0] and not re.search(r"/|\\frac", value) and number(value) is not None
-        spaced = spaced and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z](?!\^\{?-)", rest)  # 2 m g
+        spaced = spaced and not re.match(r"(?!sq)[A-Za-z]{1,2} [A-Za-z](?!\^\{?-)", rest)  # 2 m g
         long = not re.match(r"(?!cm|km|mm|kg)[A-Za-z]{1,2}(?![a-z\d])", rest)
         if ("~" in gap[0] or spaced or long) and (found := unit(rest)):
             if len(pieces(value)) > 1 and number(value) is None:

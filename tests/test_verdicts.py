@@ -146,6 +146,9 @@ v=18␣m/s 18␣m/s 18 v=18\text{␣m/s} v=18 18米/秒
 3\text{␣cm},4\text{␣m} 4\text{␣m},3\text{␣cm} 4␣m,3␣cm
 3\times10^8 3\times10^8␣m/s 3\times10^{8}␣N 3e8␣J
 1.5\times10^3␣N 1500␣N 1500
+18␣m 18m 18\text{m}
+18m 18␣m 18~m
+x=18m 18␣m
 18␣cm^2 18␣square␣centimeters 18平方厘米 18␣cm² 18\text{␣cm}^2 18㎠ 18␣sq␣cm
 5\sqrt{3} 5\sqrt{3}\text{␣cm} 5\sqrt{3}~\mathrm{m} 5√3 5\sqrt3␣cm
 1.6e-19 1.6\times10^{-19} 1.60×10⁻¹⁹ \frac{16}{10^{20}} 16\cdot10^{-20} 1.6*10^{-19}
