@@ -179,14 +179,14 @@ def option_index(answer: str, choices: list[str]) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def letters(answer: str) -> set[str]:
+def letters(answer: str) -> list[str]:
     """The option letters, or circled digits, that an answer consists of; "(C) 14" counts as C."""
     both = LETTER_AND_TEXT.fullmatch(answer)
     if both and not re.search(r"(?<!\w)[A-J](?!\w)", both[3]):
-        return {both[1] or both[2]}
+        return [both[1] or both[2]]
     if LETTERS.fullmatch(answer):
-        return {*re.findall(r"[A-J①-⑳]", answer)}
-    return {answer.strip("()").upper()} if re.fullmatch(r"\(?[a-j]\)?", answer) else set()
+        return sorted(re.findall(r"[A-J①-⑳]", answer))
+    return [answer.strip("()").upper()] if re.fullmatch(r"\(?[a-j]\)?", answer) else []
 
 
 # ---- Comparing answers ----------------------------------------------------------------

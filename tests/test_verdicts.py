@@ -59,7 +59,7 @@ x\geq5 x\leq5 x>5 x=5 x<5 y\geq5 x\geq-5 5\geq\ x x\neq5 5
 [4,9) (4,9) [4,9] (4,9] [9,4) [4,90) [4,-9) \{4,9\} 4,9 4\leq\ x\leq9
 5:8 8:5 5/8 0.625 5:8:1 5 13 5:80 10:18
 x=6 y=6 x=-6 6=7 x=7=6 x=6=7 2x=6 x>6 x^2=6 x\neq6 \sqrt{x}=6
-CD C D DC2 C,E CDE AC cd c,d C-D.
+CD CCD C,D,D C D DC2 C,E CDE AC cd c,d C-D.
 E F (F) D:E E,F EF E\text{ or }F 5 F:E EE2
 ①③ ①② ③ 13 1,3 ①②③ ①③④
 on no On! o n ON? noon in of o no,on
