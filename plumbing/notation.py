@@ -199,7 +199,8 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
 # ---- Lists and names -------------------------------------------------------------------
 
 NAME = re.compile(  # what may stand before "=": x, x_1, f(x), AB, \angle ABC, V_1:V_2, (x, y)
-    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}|\([\w, ]*\)|\\(?:angle|triangle|"
+    r"(?!.*\b(?:ln|log|sqrt|sin|cos|tan|not|half|twice|minus|negative)\b)"
+    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}(?=\()|\([\w, ]*\)|\\(?:angle|triangle|"
     r"frac|overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
 )
 

@@ -67,6 +67,7 @@ Co CO co cO oC C O Co2 Cobalt
 north south nort North-east thorn northern n
 12\text{␣kg} 12\text{\ g} 12\text{\ lb} 12\text{\ kg}^2 12\text{\ km} 12^\circ 12\text{\ kg/s}
 12\text{␣kg} 12\text{million} 12万
+5 ln␣x=5 log␣x=5 sqrt␣x=5 not␣x=5 half␣of␣x=5 twice␣x=5 minus␣x=5 x^{-1}=5
 5 5␣halves 5␣quarters 5␣percents 5␣lakhs 5␣crores 5成 5折 5打 5的平方 5次方 5的相反数 5错
 10:00␣am 10:00␣pm 10:30␣am
 3M␣+␣1 3m␣+␣1
