@@ -237,16 +237,16 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
 
 def same_lists(kind: str, golds: list[str], its_kind: str, answers: list[str]) -> bool:
     """Whether all elements are equal: in any order, but between brackets or if they have names."""
-    kinds, sides = {kind, its_kind} - {""}, []
+    kinds, ordered, sides = {kind, its_kind} - {""}, False, []
     for pairs in ([named(element) for element in side] for side in (golds, answers)):
-        names = {name for name, _ in pairs}
-        distinct = len(names) == len(pairs) and "" not in names
-        kinds |= {"()"} if distinct else set()  # x=3, y=4 is a pair
-        sides.append(sorted(pairs) if distinct and names <= {*"xyz"} else pairs)
-    alike = kind == its_kind or kinds <= {"()", r"\{\}"}
-    if len(golds) != len(answers) or len(kinds) > 1 or not alike:
+        names = {name for name, _ in pairs} - {""}
+        ordered |= len(names) == len(pairs)
+        point = len(names) == len(pairs) and names <= {*"xyz"}  # x=3, y=4
+        kinds |= {"()"} if point else set()
+        sides.append(sorted(pairs) if point else pairs)
+    if len(golds) != len(answers) or len(kinds) > 1 or kind != its_kind and kinds - {"()", r"\{\}"}:
         return False
-    ordered = not kinds <= {r"\{\}"}
+    ordered |= not kinds <= {r"\{\}"}
     if all(name for pairs in sides for name, _ in pairs):
         sides = [sorted(pairs) for pairs in sides]
     left = [*sides[1]]

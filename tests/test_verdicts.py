@@ -150,6 +150,7 @@ v=18␣m/s 18␣m/s 18 v=18\text{␣m/s} v=18 18米/秒
 18␣m 18m 18\text{m}
 18m 18␣m 18~m
 x=18m 18␣m
+\{1,2\} x_1=1,x_2=2 2,1
 18␣cm^2 18␣square␣centimeters 18平方厘米 18␣cm² 18\text{␣cm}^2 18㎠ 18␣sq␣cm
 5\sqrt{3} 5\sqrt{3}\text{␣cm} 5\sqrt{3}~\mathrm{m} 5√3 5\sqrt3␣cm
 1.6e-19 1.6\times10^{-19} 1.60×10⁻¹⁹ \frac{16}{10^{20}} 16\cdot10^{-20} 1.6*10^{-19}
