@@ -27,7 +27,7 @@ import math
 import re
 from types import SimpleNamespace
 
-from plumbing.notation import bare, elements, named, normalise, number, pieces, short_number, split_unit
+from plumbing.notation import bare, elements, named, normalise, number, pieces, short, split_unit
 from plumbing.sympy_process import SympyProcess, TooDear
 
 ACCURACY_WEIGHT, FORMAT_WEIGHT = 0.9, 0.1  # as in the NPO authors' configurations
@@ -158,7 +158,7 @@ def extract_answer(response: str | None) -> str | None:
 # ---- Multiple choice ------------------------------------------------------------------
 
 LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?", re.IGNORECASE)
-LETTER_AND_TEXT = re.compile(r"(?:\(([A-Z])\)[.:,]?|([A-Z])(?:~?[.:),]| - |~| (?=\()))[ ~]*(\S.*)", re.DOTALL)
+LETTER_TEXT = re.compile(r"(?s)(?:\(([A-Z])\)[.:,]?|([A-Z])(?:~?[.:),]| - |~| (?=\()))[ ~]*(\S.*)")
 LETTERS = re.compile(r"(?:\\?[(\[{])?[A-J①-⑳](?:[ ~,;/()]*[A-J①-⑳])*(?:\\?[)\]}])?")
 
 
@@ -172,7 +172,7 @@ def option_index(answer: str, choices: list[str]) -> int | None:
         index = ord(letter[1].upper()) - ord("A")
         return index if index < len(choices) else None
     same = [i for i, text in enumerate(texts) if text == answer]
-    if not same and (both := LETTER_AND_TEXT.fullmatch(answer)):
+    if not same and (both := LETTER_TEXT.fullmatch(answer)):
         index = ord(both[1] or both[2]) - ord("A")
         return index if index < len(choices) and equal(choices[index], both[3])[0] else None
     same = same or [i for i, choice in enumerate(choices) if equal(choice, answer)[0]]
@@ -181,7 +181,7 @@ def option_index(answer: str, choices: list[str]) -> int | None:
 
 def letters(answer: str) -> list[str]:
     """The option letters, or circled digits, that an answer consists of; "(C) 14" counts as C."""
-    both = LETTER_AND_TEXT.fullmatch(answer)
+    both = LETTER_TEXT.fullmatch(answer)
     if both and not re.search(r"(?<!\w)[A-J](?!\w)", both[3]):
         return [both[1] or both[2]]
     if LETTERS.fullmatch(answer):
@@ -226,7 +226,7 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
     if gold_unit and its_unit and gold_unit != its_unit:
         return False, "another unit"
     if (value := number(gold)) is not None and (said := number(answer)) is not None:
-        return said in (value, short_number(gold)), "compared as numbers"
+        return said in (value, short(gold)), "compared as numbers"
     (kind, golds), (its_kind, answers) = elements(gold), elements(answer)
     if value is not None and answers[1:] and re.findall(r"\d", gold) != re.findall(r"\d", answer):
         return False, "a list for a number"

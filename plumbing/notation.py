@@ -53,10 +53,12 @@ LATEX = {  # pattern: replacement, in this order
 }
 LATEX = [(re.compile(pattern), replacement) for pattern, replacement in LATEX.items()]
 LEAD_IN = re.compile(
-    r"\A(?:.*####|(?:so|thus|hence|therefore)\b[, ]+|∴|(?:(?:so|thus|hence|therefore|i choose)\b[, ]*)?(?:(?:the|la|le|die|el)\s+)?"
+    r"\A(?:.*####|(?:so|thus|hence|therefore)\b[, ]+|∴|"
+    r"(?:(?:so|thus|hence|therefore|i choose)\b[, ]*)?(?:(?:the|la|le|die|el)\s+)?"
     r"(?:(?:final|correct|right)\s+)?(?:answer|ans|option|choice|result|solution|respuesta|réponse|"
     r"antwort|opción)s?(?:\s+(?:is|are|es|est|ist|lautet)\b)?(?=[\s~:.=(])\s*[:.=]?"
-    r"(?:[\s~]*(?:option|choice)(?=[\s~(]))?|(?:故|所以|因此)?(?:正确)?(?:答案|选项|选择|应选|选|答)[是为选]?:?|"
+    r"(?:[\s~]*(?:option|choice)(?=[\s~(]))?|"
+    r"(?:故|所以|因此)?(?:正确)?(?:答案|选项|选择|应选|选|答)[是为选]?:?|"
     r"\w+\s*\\in(?=\W))[\s~]*(?=\S)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -93,6 +95,8 @@ def normalise(text: str) -> str:
 
 def bare(text: str) -> str:
     """The text without tildes; 5 m is 5m."""
+    if " " not in text and "~" not in text:
+        return text
     return re.sub(r"(?<=\d)[ ~]+(?=[^\W\d_])", "", text).replace("~", " ")
 
 
@@ -126,7 +130,7 @@ def number(text: str) -> Fraction | None:
     return None
 
 
-def short_number(text: str) -> Fraction | None:
+def short(text: str) -> Fraction | None:
     """The decimal that a float's long text stands for: 0.1 of 0.10000000149011612, a float32."""
     if not re.fullmatch(r"-?\d{1,9}\.\d{9,}", text):
         return None
@@ -146,15 +150,18 @@ km 千米 公里 kilometer kilometre|in inch inches|ft foot feet|yd yard|mile �
 g 克 gram gm|kg 千克 公斤 kilogram|t 吨 ton tonne|lb lbs pound|s 秒 sec second|min 分钟 分 minute
 h 小时 时 hr hour|day 天 日|week 周|month 月 个月|year 年 岁 yr|mL ml 毫升|L l 升 liter litre
 N 牛 牛顿 newton|J 焦耳 joule|W 瓦 瓦特 watt|V 伏 伏特 volt|A 安培 amp ampere|Ω 欧 欧姆 ohm
-Hz 赫兹 hertz|Pa 帕 pascal|C 库仑 coulomb|K kelvin|am AM|pm PM|mol 摩尔 mole|rad 弧度 radian|° 度 deg degree
-°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|₹ rupee|€ euro 欧元|cent|mph|rpm|hectare ha 公顷|acre
-gallon|unit 单位|person 人 名 people|child children|piece 个 只 件 张 块 条 本 支 辆 棵 台 头
+Hz 赫兹 hertz|Pa 帕 pascal|C 库仑 coulomb|K kelvin|am AM|pm PM|mol 摩尔 mole|rad 弧度 radian
+° 度 deg degree|°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|₹ rupee|€ euro 欧元|cent|mph
+rpm|hectare ha 公顷|acre|gallon|unit 单位|person 人 名 people|child children|piece 个 只 件 张 块 条 本 支 辆 棵 台 头
 way 种
 """
 UNITS = {name: names.split()[0] for names in re.split("[|\n]", UNITS) for name in names.split()}
-PREFIXED = re.compile(r"[pnμmckMG]?(?:[mgsNJWVAΩLTFCH]|Hz|Pa|mol|eV|Wb|Wh|bar|cal)|d[mLB]|atm|l[mx]")
+PREFIXED = re.compile(
+    r"[pnμmckMG]?(?:[mgsNJWVAΩLTFCH]|Hz|Pa|mol|eV|Wb|Wh|bar|cal)|d[mLB]|atm|l[mx]"
+)
 NOUN = re.compile(
-    "(?!.*(?:illion|thousand|hundred|dozen|half|halve|quarter|percent|lakh|crore|th|third|ten|les|plu|minu)s)[a-z]{3,}s"
+    "(?!.*(?:illion|thousand|hundred|dozen|half|halve|quarter|percent|lakh|crore|"
+    "th|third|ten|les|plu|minu)s)[a-z]{3,}s"
 )
 COUNTED = re.compile("[^百千万亿兆十分之倍不或约多上下左右第余几半负点减加成折打的错]{1,4}(?<!方)")
 POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
@@ -200,8 +207,8 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
 
 NAME = re.compile(  # what may stand before "=": x, x_1, f(x), AB, \angle ABC, V_1:V_2, (x, y)
     r"(?!.*\b(?:ln|log|sqrt|sin|cos|tan|not|half|twice|minus|negative)\b)"
-    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}(?=\()|\([\w, ]*\)|\\(?:angle|triangle|"
-    r"frac|overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
+    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}(?=\()|\([\w, ]*\)|"
+    r"\\(?:angle|triangle|frac|overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
 )
 
 

@@ -42,7 +42,8 @@ NEAR = r"""
 17 71 -17 1.7 17.1 16.9999999 17! 17^2 1/17 17x 17i 17_8 17\% 017.01 1e17 (1,7) 17:1 17th
 -4 4 --4 -40 -0.4 1/-4 -4x 4- |-4| -4! (-4)^2 \{-4,4\} \pm4 -4\% 4i -4.0001
 0.0625 0.625 0.00625 0.062 0.0626 .625 0,0625 1/61 0.0625\% 62.5\% -0.0625 0.0625x
-31,400 400,31 400,␣31 (400,31) 31,4 31.400 3,1400 31,400.5 31,401 31400000 3.14 3.14\times10^{5} 31,400\% 314,00
+31,400 400,31 400,␣31 (400,31)
+31,400 31,4 31.400 3,1400 31,400.5 31,401 31400000 3.14 3.14\times10^{5} 31,400\% 314,00
 \frac{3}{7} \frac{7}{3} \frac{3}{-7} 0.428571 0.43 3:7 (3,7) \frac{3}{70} 3\frac{1}{7} 3/7i
 6.02\times10^{23} 6.02\times10^{22} 6.02\times10^{-23} 6.02^{23} 6.02e22 6.2\times10^{23}
 -2.5\% 2.5\% -2.5 -0.25 -25\% 0.025 -2.5\text{ percentage points} -2.05\%
@@ -134,7 +135,8 @@ x\geq5 x≥5 x>=5 x\ge5 5\leq␣x x⩾5 5⩽x x\geqslant5 5≤x
 2:3 2∶3 2：3 2␣:␣3 2:3.0
 C c (C) C. C) [C] C:␣14 C␣-␣14 (C)␣14 选C 故选：C 答案C 选项C option␣C Choice␣C \textbf{C.␣14}
 C C、14 C．14 C␣(14) \textbf{C}.␣14 \textbf{C}:␣14 选择C So␣C
-A,C,D ACD C,A,D A;C;D A、C、D A,␣C␣and␣D DCA (A)(C)(D) A和C和D A␣C␣D \{A,C,D\} Options␣A,␣C␣and␣D The␣answers␣are␣A,C,D
+A,C,D ACD C,A,D A;C;D A、C、D A,␣C␣and␣D DCA (A)(C)(D) A和C和D A␣C␣D
+A,C,D \{A,C,D\} Options␣A,␣C␣and␣D The␣answers␣are␣A,C,D
 ②④ ②、④ ④② ②,④ ②和④
 no No NO \text{no} no. **No**
 north␣east North␣East NORTH␣EAST \text{north␣east}
