@@ -152,7 +152,8 @@ h 小时 时 hr hour|day 天 日|week 周|month 月 个月|year 年 岁 yr|mL ml
 N 牛 牛顿 newton|J 焦耳 joule|W 瓦 瓦特 watt|V 伏 伏特 volt|A 安培 amp ampere|Ω 欧 欧姆 ohm
 Hz 赫兹 hertz|Pa 帕 pascal|C 库仑 coulomb|K kelvin|am AM|pm PM|mol 摩尔 mole|rad 弧度 radian
 ° 度 deg degree|°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|₹ rupee|€ euro 欧元|cent|mph
-rpm|hectare ha 公顷|acre|gallon|unit 单位|person 人 名 people|child children|piece 个 只 件 张 块 条 本 支 辆 棵 台 头
+rpm|hectare ha 公顷|acre|gallon|unit 单位|person 人 名 people|child children
+piece 个 只 件 张 块 条 本 支 辆 棵 台 头
 way 种
 """
 UNITS = {name: names.split()[0] for names in re.split("[|\n]", UNITS) for name in names.split()}

@@ -170,6 +170,10 @@ def test_what_hangs_is_ended_by_its_cpu_time_and_what_dies_is_replaced(monkeypat
     assert worker.equal("x+y", "y+x") is True and worker.process.pid != first
 
 
+def test_long_texts_are_not_asked():
+    assert sympy_process.hopeless("m " * 300) and not sympy_process.hopeless("m " * 150)
+
+
 def test_a_worker_that_does_not_start_is_one_clear_error(monkeypatch, tmp_path):
     (tmp_path / "broken.py").write_text("raise SystemExit(3)")
     monkeypatch.setattr(sympy_process, "__file__", str(tmp_path / "broken.py"))
