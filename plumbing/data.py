@@ -58,6 +58,7 @@ class PromptSet:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> number of rows
     parts: Sequence[str] = ()  # of a world that has several: the part of each row
     replaced: set[int] = field(default_factory=set)  # rows whose pixels are broken, so far
+    content: str = ""  # a hash of all that is asked, pictures too
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -168,7 +169,8 @@ def dataset_prompts(
         some = data.select(rows)
         kept, dropped, found = check_rows(f"{dataset}, {name}", zip(rows, some), check)
         id = f"{Path(dataset).name}-{fingerprint(zip(*(some[column] for column in asked)))}"
-        sets.append(PromptSet(id, data, make, kept, dropped))
+        content = fingerprint([kept, found])
+        sets.append(PromptSet(id, data, make, kept, dropped, content=content))
         keys.append(found)
     trained = set(keys[0])
     if same := sum(key in trained for key in keys[1]):
@@ -232,7 +234,7 @@ def check_row(
 ) -> tuple[int, str]:
     """How many images a row has, and what is the same for the same prompt; raises Unusable."""
     messages, images, gold, _ = read_row(row, columns, folder, kind)
-    sizes = [image.size for image in images]
+    sizes, seen = [image.size for image in images], [digest(image) for image in images]
     for image in images:
         image.close()
     if len(sizes) > MAX_IMAGES:
@@ -253,7 +255,14 @@ def check_row(
         ) from error
     if length > max_tokens:
         raise too_long
-    return len(sizes), fingerprint([messages, gold, sizes])
+    return len(sizes), fingerprint([messages, gold, sizes, seen])
+
+
+def digest(image) -> tuple[int, bytes]:
+    """A file's length and its last bytes: PNG ends in a checksum, JPEG and WebP in coded pixels."""
+    length = image.fp.seek(0, 2)
+    image.fp.seek(max(0, length - 64))
+    return length, image.fp.read()
 
 
 def fingerprint(items: Iterable) -> str:

@@ -269,6 +269,18 @@ def on_file(tmp_path, tiny) -> GRPOConfig:
         (lambda path: (path / "model/preprocessor_config.json").open("a").write(" "), "base model"),
         (lambda path: (path / "model/chat_template.jinja").open("a").write("!"), "tokenizer"),
         (lambda path: edited(x=1)(path / "model/tokenizer_config.json"), "tokenizer"),
+        (
+            lambda path: cards_file(
+                path / "hands.parquet", 12, {3: {"images": [cards.draw(cards.hands("train")[4])]}}
+            ),
+            "training prompts",  # another picture of the same size
+        ),
+        (
+            lambda path: (path / "model/processor_config.json").write_text(
+                f'{{"image_processor": {(path / "model/preprocessor_config.json").read_text()}}}'
+            ),
+            "base model",
+        ),
     ],
 )
 def test_what_changed_under_a_run_is_told_there_and_here(on_file, tmp_path, change, message):
