@@ -9,6 +9,7 @@ prompts that it was made for. Rows that cannot be asked or judged are dropped an
 import functools
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -181,7 +182,10 @@ def dataset_prompts(
 
 
 def check_columns(dataset: str, data, columns: dict[str, str]) -> None:
-    """Raises UsageError for a column that is not there, or one of pictures that nobody reads."""
+    """Raises UsageError for a column that is not there, or one of pictures that nobody reads.
+
+    Says so of options, and of pictures beside those that are read.
+    """
     for role, column in columns.items():
         optional = role in ("images", "choices") and column in ("", COLUMNS[role])
         if column not in data.column_names and not optional:
@@ -190,14 +194,22 @@ def check_columns(dataset: str, data, columns: dict[str, str]) -> None:
                 f"{', '.join(data.column_names)}; map them, as in "
                 f"--columns {role}={data.column_names[0]}"
             )
-    if columns["images"] and columns["images"] not in data.column_names:
-        used = [column for column in columns.values() if column in data.column_names]
-        if unread := columns_of_pictures(data, used):
-            raise UsageError(
-                f"{dataset}: pictures in {', '.join(unread)} would not be asked; name their "
-                f"column, one list for each row where there are several, as in --columns "
-                f"images={unread[0]}, or none, --columns images="
-            )
+    options = [name for name in data.column_names if re.fullmatch("(?i)options?|choices?", name)]
+    if options and not columns["choices"]:
+        tqdm.write(
+            f"{dataset}: options in {options[0]} are not shown to the policy; --columns "
+            f"choices={options[0]} lists them under the question"
+        )
+    used = [column for column in columns.values() if column in data.column_names]
+    unread = columns_of_pictures(data, used) if columns["images"] else []
+    if unread and columns["images"] not in used:
+        raise UsageError(
+            f"{dataset}: pictures in {', '.join(unread)} would not be asked; name their "
+            f"column, one list for each row where there are several, as in --columns "
+            f"images={unread[0]}, or none, --columns images="
+        )
+    if unread:
+        tqdm.write(f"{dataset}: pictures in {', '.join(unread)} are not asked")
 
 
 def check_rows(name: str, rows: Iterable[tuple[int, dict]], check: Callable) -> tuple:
@@ -243,13 +255,14 @@ def check_row(
     characters = sum(len(part.get("text", "")) for part in messages[0]["content"])
     if characters > LONGEST_TOKEN * max_tokens > 0:
         raise too_long  # counting the tokens of 10 MB would take a minute
-    if token := special_token(messages, parts[0]):
+    # a gold with one is dropped, too: the text of an answer has none
+    if token := special_token([*messages, {"content": [{"text": gold}]}], parts[0]):
         raise Unusable("a special token of the tokenizer in its text", "remove it", got=token)
     try:
         length = prompt_length(messages, sizes, *parts) if max_tokens else 0
     except UsageError as error:
         raise Unusable(
-            "a chat template that does not show its pictures",
+            "a chat template that does not show all of it",
             "copy chat_template.jinja of the base model",
             got=error,
         ) from error
