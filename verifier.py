@@ -217,7 +217,7 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
         return alike and (len(gold) > 2 or gold.lower() in ("no", "on", "up")), "compared as words"
     if not pieces(gold) or not pieces(answer):
         return False, "brackets that do not close"
-    if len(pieces(gold)) == len(pieces(answer)) == 1:
+    if all(len(pieces(t)) == 1 or number(named(t)[1]) is not None for t in (gold, answer)):
         if (values := without_names(gold, answer)) is None:
             return False, "an equation that does not say what the gold says"
         if values != (gold, answer):
