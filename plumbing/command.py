@@ -113,7 +113,7 @@ def open_directory(config, out: Path) -> None:
     if begun:
         differ = differing(theirs, mine)
         differ = {name: both for name, both in differ.items() if name not in MAY_CHANGE_ON_RESUME}
-        if "steps" in differ and theirs["steps"] < mine["steps"]:
+        if "steps" in differ and type(theirs["steps"]) is int and theirs["steps"] < mine["steps"]:
             del differ["steps"]  # a run may go on for longer
         moved = {"dataset"} if known.is_file() else set()  # the same data by another path may go on
         if differ.keys() - moved or theirs.keys() != mine.keys():

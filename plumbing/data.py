@@ -9,6 +9,7 @@ prompts that it was made for. Rows that cannot be asked or judged are dropped an
 import functools
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class PromptSet:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> number of rows
     parts: Sequence[str] = ()  # of a world that has several: the part of each row
     replaced: set[int] = field(default_factory=set)  # rows whose pixels are broken, so far
+    content: str = ""  # a hash of all that is asked, pictures too
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -183,8 +185,9 @@ def dataset_prompts(
         kept, dropped, found = check_rows(f"{dataset}, {name}", zip(rows, some), check)
         told = [instruction] if instruction != BOXED else []  # other words, another prompt
         id = fingerprint([*zip(*(some[column] for column in asked)), *told])
+        content = fingerprint([kept, found])
         id = f"{Path(dataset).name}-{id}"
-        sets.append(PromptSet(id, data, make, kept, dropped))
+        sets.append(PromptSet(id, data, make, kept, dropped, content=content))
         keys.append(found)
     trained = set(keys[0])
     if same := sum(key in trained for key in keys[1]):
@@ -207,7 +210,10 @@ def undecoded(data, columns: list[str]):
 
 
 def check_columns(dataset: str, data, columns: dict[str, str]) -> None:
-    """Raises UsageError for a column that is not there, or one of pictures that nobody reads."""
+    """Raises UsageError for a column that is not there, or one of pictures that nobody reads.
+
+    Says so of options, and of pictures beside those that are read.
+    """
     for role, column in columns.items():
         optional = role in ("images", "choices") and column in ("", COLUMNS[role])
         if column not in data.column_names and not optional:
@@ -216,14 +222,22 @@ def check_columns(dataset: str, data, columns: dict[str, str]) -> None:
                 f"{', '.join(data.column_names)}; map them, as in "
                 f"--columns {role}={data.column_names[0]}"
             )
-    if columns["images"] and columns["images"] not in data.column_names:
-        used = [column for column in columns.values() if column in data.column_names]
-        if unread := columns_of_pictures(data, used):
-            raise UsageError(
-                f"{dataset}: pictures in {', '.join(unread)} would not be asked; name their "
-                f"column, one list for each row where there are several, as in --columns "
-                f"images={unread[0]}, or none, --columns images="
-            )
+    options = [name for name in data.column_names if re.fullmatch("(?i)options?|choices?", name)]
+    if options and not columns["choices"]:
+        tqdm.write(
+            f"{dataset}: options in {options[0]} are not shown to the policy; --columns "
+            f"choices={options[0]} lists them under the question"
+        )
+    used = [column for column in columns.values() if column in data.column_names]
+    unread = columns_of_pictures(data, used) if columns["images"] else []
+    if unread and columns["images"] not in used:
+        raise UsageError(
+            f"{dataset}: pictures in {', '.join(unread)} would not be asked; name their "
+            f"column, one list for each row where there are several, as in --columns "
+            f"images={unread[0]}, or none, --columns images="
+        )
+    if unread:
+        tqdm.write(f"{dataset}: pictures in {', '.join(unread)} are not asked")
 
 
 def check_rows(name: str, rows: Iterable[tuple[int, dict]], check: Callable) -> tuple:
@@ -260,7 +274,7 @@ def check_row(
 ) -> tuple[int, str]:
     """How many images a row has, and what is the same for the same prompt; raises Unusable."""
     messages, images, gold, _ = read_row(row, columns, folder, instruction, kind)
-    sizes = [image.size for image in images]
+    sizes, seen = [image.size for image in images], [digest(image) for image in images]
     for image in images:
         image.close()
     if sizes and parts[1] is None:
@@ -272,19 +286,27 @@ def check_row(
     characters = sum(len(part.get("text", "")) for part in messages[0]["content"])
     if characters > LONGEST_TOKEN * max_tokens > 0:
         raise too_long  # counting the tokens of 10 MB would take a minute
-    if token := special_token(messages, parts[0]):
+    # a gold with one is dropped, too: the text of an answer has none
+    if token := special_token([*messages, {"content": [{"text": gold}]}], parts[0]):
         raise Unusable("a special token of the tokenizer in its text", "remove it", got=token)
     try:
         length = prompt_length(messages, sizes, *parts) if max_tokens else 0
     except UsageError as error:
         raise Unusable(
-            "a chat template that does not show its pictures",
+            "a chat template that does not show all of it",
             "copy chat_template.jinja of the base model",
             got=error,
         ) from error
     if length > max_tokens:
         raise too_long
-    return len(sizes), fingerprint([messages, gold, sizes])
+    return len(sizes), fingerprint([messages, gold, sizes, seen])
+
+
+def digest(image) -> tuple[int, bytes]:
+    """A file's length and its last bytes: PNG ends in a checksum, JPEG and WebP in coded pixels."""
+    length = image.fp.seek(0, 2)
+    image.fp.seek(max(0, length - 64))
+    return length, image.fp.read()
 
 
 def fingerprint(items: Iterable) -> str:

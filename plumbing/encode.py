@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from plumbing import UsageError
@@ -94,7 +95,9 @@ def stop_ids(path: str | Path, tokenizer) -> list[int]:
     """The token ids that end an answer: the generation config's, else the tokenizer's."""
     try:
         stop = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the folder has no generation config
+    except OSError as error:
+        if (Path(path) / "generation_config.json").is_file():  # else the folder has none
+            raise unloadable(path, error) from error
         stop = None
     stop = tokenizer.eos_token_id if stop is None else stop
     return stop if isinstance(stop, list) else [stop]
@@ -138,9 +141,25 @@ def encode(prompt: Prompt, tokenizer, image_processor, image_token_id) -> Encode
 
 def rendered(messages: list[dict], tokenizer, image_token_id: int | None) -> str:
     """The prompt as text, through the chat template; an image is one token yet."""
+    asked = messages
     if image_token_id is None:  # the templates of text models take texts, not parts
-        messages = [m | {"content": "".join(p["text"] for p in m["content"])} for m in messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        asked = [m | {"content": "".join(p["text"] for p in m["content"])} for m in messages]
+    try:
+        shown = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UsageError(
+            f"the chat template cannot be rendered ({first_line(error)}); copy "
+            "chat_template.jinja of the base model"
+        ) from error
+    parts = [part for message in messages for part in message["content"]]
+    texts = [part["text"] for part in parts if "text" in part]
+    # a template for texts alone shows Python's list of the parts
+    if not all(text.strip() in shown and repr(text) not in shown for text in texts):
+        raise UsageError(
+            "the chat template does not show the question; copy chat_template.jinja of the base "
+            "model"
+        )
+    return shown
 
 
 def special_token(messages: list[dict], tokenizer) -> str | None:

@@ -10,6 +10,7 @@ from plumbing.files import file_hashes
 from plumbing.lora import base_model_of
 
 MODEL = ["config.json", "generation_config.json", "preprocessor_config.json"]
+MODEL += ["processor_config.json"]  # goes before the one of the image processor alone
 TOKENIZER = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,7 +27,7 @@ def fingerprints(config) -> dict[str, str]:
     """
     path, found = config.model_path, {}
     for what, prompts in zip(("training prompts", "held-out prompts"), load_prompts(config)):
-        found[what] = f"{prompts.fingerprint}:{fingerprint(prompts.kept)}"
+        found[what] = f"{prompts.fingerprint}:{prompts.content or fingerprint(prompts.kept)}"
     load_tokenizer(path)  # what has none is told in its words
     folders = dict.fromkeys((str(path), base_model_of(path)))  # of adapters both
     weights = [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]

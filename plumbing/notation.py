@@ -13,11 +13,13 @@ from fractions import Fraction
 # ---- One notation ---------------------------------------------------------------------
 
 SIGNS = r"""
-– -|— -|− -|‑ -|· \cdot |∙ \cdot |⋅ \cdot |× \times |÷ /|⁄ /|± \pm |√ \sqrt |∞ \infty |π \pi
-θ \theta |α \alpha |β \beta |λ \lambda |∠ \angle |△ \triangle |≤ \leq |≥ \geq |≠ \neq |≈ \approx
+– -|— -|− -|‐ -|· \cdot |∙ \cdot |⋅ \cdot |× \times |÷ /|⁄ /|± \pm |√ \sqrt |∞ \infty |∶ :
+⩽ \leq |⩾ \geq |∅ \emptyset |∩ \cap |∠ \angle |△ \triangle |≤ \leq |≥ \geq |≠ \neq |≈ \approx
 ∪ \cup |∈ \in |、 , |。 .|‘ '|’ '|′ '|“ "|” "|″ "|⟨ (|⟩ )|〈 (|〉 )
 """  # what NFKC leaves, and what it becomes
 SIGNS = dict(pair.split(" ", 1) for pair in re.split("[|\n]", SIGNS.strip()))
+for sign in "αβγδεζηθικλνξπρστυφχψω":  # μ is also a unit's prefix
+    SIGNS[sign] = "\\" + unicodedata.name(sign).split()[-1].lower().replace("lamda", "lambda")
 SIGNS = {sign: latex + " " * latex.startswith("\\") for sign, latex in SIGNS.items()}
 FONT = r"\\(?:text\w*|math(?!bb|cal)\w+|mbox|boldsymbol|bm|emph|underline|boxed|fbox)\s*"
 FONT = re.compile(FONT + r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
@@ -29,6 +31,7 @@ LATEX = {  # pattern: replacement, in this order
     r"\\[dtc]frac": r"\\frac",
     r"\\frac\s*(\d)\s*(\d)": r"\\frac{\1}{\2}",
     r"\\sqrt\s*(\d+|[A-Za-z])": r"\\sqrt{\1}",
+    r"\\sqrt\s*\(([^()]*)\)": r"\\sqrt{\1}",
     r"\^\s*\{?\s*\\circ\s*\}?|\\degree": "°",
     r"\\Omega\b": "Ω",
     r"\\mu\b\s*": "μ",
@@ -43,17 +46,19 @@ LATEX = {  # pattern: replacement, in this order
     r">=|\\geq?(?:slant)?\b": r"\\geq ",
     r"!=|\\neq?\b": r"\\neq ",
     r"\s*\b(?:is equal to|equals)\b\s*|\s*等于\s*": "=",
-    r"[,~\s]*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])[~\s]*|\s*[和或与及]\s*": ", ",
+    r"(?<![,~\s])[,~\s]*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])[~\s]*|\s*[和或与及]\s*": ", ",
     r"\s+": " ",
     r" ?~[ ~]*": "~",
     r"~(?=[\^_])": "",
 }
 LATEX = [(re.compile(pattern), replacement) for pattern, replacement in LATEX.items()]
 LEAD_IN = re.compile(
-    r"(?:.*####|(?:(?:so|thus|hence|therefore|i choose)\b[, ]*)?(?:(?:the|la|le|die|el)\s+)?"
+    r"\A(?:.*####|(?:so|thus|hence|therefore)\b[, ]+|∴|"
+    r"(?:(?:so|thus|hence|therefore|i choose)\b[, ]*)?(?:(?:the|la|le|die|el)\s+)?"
     r"(?:(?:final|correct|right)\s+)?(?:answer|ans|option|choice|result|solution|respuesta|réponse|"
-    r"antwort|opción)(?:\s+(?:is|es|est|ist|lautet)\b)?(?=[\s~:.=(])\s*[:.=]?"
-    r"(?:[\s~]*(?:option|choice)(?=[\s~(]))?|(?:故|所以|因此)?(?:正确)?(?:答案|选项|应选|选|答)[是为选]?:?|"
+    r"antwort|opción)s?(?:\s+(?:is|are|es|est|ist|lautet)\b)?(?=[\s~:.=(])\s*[:.=]?"
+    r"(?:[\s~]*(?:option|choice)(?=[\s~(]))?|"
+    r"(?:故|所以|因此)?(?:正确)?(?:答案|选项|选择|应选|选|答)[是为选]?:?|"
     r"\w+\s*\\in(?=\W))[\s~]*(?=\S)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -82,10 +87,17 @@ def normalise(text: str) -> str:
         text = pattern.sub(replacement, text)
     before = None
     while before != text:
-        before, text = text, LEAD_IN.sub("", text.strip(" ~"), count=1).strip(" ~")
+        before, text = text, LEAD_IN.sub("", text.strip(" ~")).strip(" ~")
         if outer := OUTER.fullmatch(text):
             text = outer["a"] or outer["b"] or outer["c"] or ""
     return text
+
+
+def bare(text: str) -> str:
+    """The text without tildes; 5 m is 5m."""
+    if " " not in text and "~" not in text:
+        return text
+    return re.sub(r"(?<=\d)[ ~]+(?=[^\W\d_])", "", text).replace("~", " ")
 
 
 # ---- Numbers --------------------------------------------------------------------------
@@ -118,7 +130,7 @@ def number(text: str) -> Fraction | None:
     return None
 
 
-def short_number(text: str) -> Fraction | None:
+def short(text: str) -> Fraction | None:
     """The decimal that a float's long text stands for: 0.1 of 0.10000000149011612, a float32."""
     if not re.fullmatch(r"-?\d{1,9}\.\d{9,}", text):
         return None
@@ -138,20 +150,24 @@ km 千米 公里 kilometer kilometre|in inch inches|ft foot feet|yd yard|mile �
 g 克 gram gm|kg 千克 公斤 kilogram|t 吨 ton tonne|lb lbs pound|s 秒 sec second|min 分钟 分 minute
 h 小时 时 hr hour|day 天 日|week 周|month 月 个月|year 年 岁 yr|mL ml 毫升|L l 升 liter litre
 N 牛 牛顿 newton|J 焦耳 joule|W 瓦 瓦特 watt|V 伏 伏特 volt|A 安培 amp ampere|Ω 欧 欧姆 ohm
-Hz 赫兹 hertz|Pa 帕 pascal|C 库仑 coulomb|K kelvin|mol 摩尔 mole|rad 弧度 radian|° 度 deg degree
-°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|€ euro 欧元|cent|mph|rpm|hectare ha 公顷|acre
-gallon|unit 单位|person 人 名 people|child children|piece 个 只 件 张 块 条 本 支 辆 棵 台 头
+Hz 赫兹 hertz|Pa 帕 pascal|C 库仑 coulomb|K kelvin|am AM|pm PM|mol 摩尔 mole|rad 弧度 radian
+° 度 deg degree|°C 摄氏度|°F|$ dollar usd 美元|¥ 元 yuan rmb|£|₹ rupee|€ euro 欧元|cent|mph
+rpm|hectare ha 公顷|acre|gallon|unit 单位|person 人 名 people|child children
+piece 个 只 件 张 块 条 本 支 辆 棵 台 头
 way 种
 """
 UNITS = {name: names.split()[0] for names in re.split("[|\n]", UNITS) for name in names.split()}
-PREFIXED = re.compile(r"[pnμmckMG]?(?:[mgsNJWVAΩLTFCH]|Hz|Pa|mol|eV|Wb|Wh|bar|cal)|d[mL]|atm")
-NOUN = re.compile(
-    "(?!.*(?:illion|thousand|hundred|dozen|half|hal[fv]|th|third|ten|les|plu|minu)s)[a-z]{3,}s"
+PREFIXED = re.compile(
+    r"[pnμmckMG]?(?:[mgsNJWVAΩLTFCH]|Hz|Pa|mol|eV|Wb|Wh|bar|cal)|d[mLB]|atm|l[mx]"
 )
-COUNTED = re.compile("[^百千万亿兆十分之倍不或约多上下左右第余几半负点减加]{1,4}")
+NOUN = re.compile(
+    "(?!.*(?:illion|thousand|hundred|dozen|half|halve|quarter|percent|lakh|crore|"
+    "th|third|ten|les|plu|minu)s)[a-z]{3,}s"
+)
+COUNTED = re.compile("[^百千万亿兆十分之倍不或约多上下左右第余几半负点减加成折打的错]{1,4}(?<!方)")
 POWERS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 PART = re.compile(
-    rf"(/|per[ ~]|每)?[ ~*]*(?:({'|'.join(POWERS)})(?![a-z])\.?)?[ ~]*(°[CF]?|[$£¥€]|[^\W\d_]+)\.?"
+    rf"(/|per[ ~]|每)?[ ~*]*(?:({'|'.join(POWERS)})(?![a-z])\.?)?[ ~]*(°[CF]?|[$£¥€₹]|[^\W\d_]+)\.?"
     r"(?:\^?\{?(-?\d)\}?(?!\d))?[\s~]*(?:\\cdot|\*)?[\s~]*"
 )
 
@@ -174,14 +190,16 @@ def unit(text: str) -> dict[str, int] | None:
 
 def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
     r"""("5", {"m": 1}) of "5 m" and of "5~m"; in 5m and "\pi m" the m may be any quantity."""
-    if text[:1] and text[0] in "$£¥€" and number(text[1:]) is not None:
+    if text[:1] and text[0] in "$£¥€₹" and number(text[1:]) is not None:
         return text[1:], unit(text[0])
-    for gap in re.finditer(r"(?<=[\d)}!])[ ~]*(?=[^\W\d_]|[°$£¥€])|~(?=[A-Za-z])", text):
+    for gap in re.finditer(r"(?<=[\d)}!])[ ~]*(?=[^\W\d_]|[°$£¥€₹])|~(?=[A-Za-z])", text):
         value, rest = text[: gap.start()], text[gap.end() :]
-        spaced = gap[0] and PLAIN.fullmatch(value.lstrip("-+"))
-        spaced = spaced and not re.match("(?!sq)[A-Za-z]{1,2} [A-Za-z]", rest)  # 2 m g
+        spaced = gap[0] and not re.search(r"/|\\frac", value) and number(value) is not None
+        spaced = spaced and not re.match(r"(?!sq)[A-Za-z]{1,2} [A-Za-z](?!\^\{?-)", rest)  # 2 m g
         long = not re.match(r"(?!cm|km|mm|kg)[A-Za-z]{1,2}(?![a-z\d])", rest)
         if ("~" in gap[0] or spaced or long) and (found := unit(rest)):
+            if len(pieces(value)) > 1 and number(value) is None:
+                break  # 3 cm, 4 m: a unit of the last alone
             return value, found
     return text, None
 
@@ -189,8 +207,9 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None]:
 # ---- Lists and names -------------------------------------------------------------------
 
 NAME = re.compile(  # what may stand before "=": x, x_1, f(x), AB, \angle ABC, V_1:V_2, (x, y)
-    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}|\([\w, ]*\)|\\(?:angle|triangle|"
-    r"frac|overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
+    r"(?!.*\b(?:ln|log|sqrt|sin|cos|tan|not|half|twice|minus|negative)\b)"
+    r"(?=.*[A-Za-z])(?:[A-Za-z ~|:{}]|_\w|_\{[^{}]*\}|\^\{-1\}(?=\()|\([\w, ]*\)|"
+    r"\\(?:angle|triangle|frac|overline|vec|Delta|alpha|beta|theta|lambda|phi|omega|rho)\b)+"
 )
 
 

@@ -13,11 +13,12 @@ from plumbing import Unusable
 
 # All that Pillow reads would be too many: EPS starts Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-STORED = re.compile(  # the repr of a picture's bytes, base64, data URI or name, also in a list
-    r"""\[?(?:\{'bytes': |b?['"](?:data:image/|iVBORw0KGgo|/9j/|\\x89PNG|\\xff\\xd8|GIF8|RIFF)"""
-    r"""|['"][^'"\n]+\.(?:avif|bmp|gif|jpe?g|jp2|png|tiff?|webp)(?:\?\S*)?['"])""",
-    re.IGNORECASE,
+STORED = re.compile(  # base64, a data URI, or a name, also of a list that was written as text
+    r"""data:image/.*|(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR).*"""
+    r"""|[\["']*[^\n]{1,300}\.(?:avif|bmp|gif|heic|jpe?g|jp2|png|svg|tiff?|webp)(?:\?\S*)?[]"']*""",
+    re.IGNORECASE | re.DOTALL,
 )
+MAGIC = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 NO_IMAGE = "an image missing or unreadable"
 say_once = functools.cache(tqdm.write)
 
@@ -28,8 +29,8 @@ def open_image(stored: str | bytes | dict, folder: Path) -> Image.Image:
     Raises Unusable where it is none of these, or no such file is there.
     """
     found = stored
-    if isinstance(found, dict) and {"bytes", "path"} <= found.keys():
-        found = found["path"] if found["bytes"] is None else found["bytes"]
+    if isinstance(found, dict) and found.keys() & {"bytes", "path"}:
+        found = found.get("bytes") or found.get("path")
     try:
         if isinstance(found, bytes):
             return Image.open(BytesIO(found), formats=FORMATS)
@@ -84,6 +85,15 @@ def columns_of_pictures(data, used: list[str]) -> list[str]:
     found = [name for name, kind in kinds.items() if "Image(" in kind]
     texts = [name for name, kind in kinds.items() if re.search("string|binary|Json", kind)]
     rows = data.select_columns([name for name in texts if name not in found])
-    for row in rows.select(range(0, len(data), len(data) // 100 + 1)):
-        found += [name for name in row if name not in found and STORED.match(repr(row[name]))]
+    for row in rows.select(range(0, len(data), len(data) // 1000 + 1)):
+        found += [name for name in row if name not in found and holds_picture(row[name])]
     return found
+
+
+def holds_picture(stored) -> bool:
+    """Whether it, or what is inside of it, begins or is named as pictures do."""
+    if isinstance(stored, list | dict):
+        return any(map(holds_picture, stored.values() if isinstance(stored, dict) else stored))
+    if isinstance(stored, bytes):
+        return stored.startswith(MAGIC)
+    return isinstance(stored, str) and bool(STORED.fullmatch(stored))

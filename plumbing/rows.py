@@ -21,15 +21,16 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MARKER = r"(?:^|[\s,;；(]){}\s*[.:)．：]\s*"  # before an option: "A: 5 cm", "(A) 5 cm", "A. 5 cm"
 MORE_TEXT = re.compile(r"[.,]?\w")  # behind the 1 of 12 or of 1.5
 MARK = re.compile(  # of a picture: <image>, <image 2>, <image_2>, <Image>, <img>, verl's tokens
-    r"<\|?(?:image|img)[ _-]?(\d{0,3})\|?\s?/?>|<img\s[^<>]{0,500}>"
+    r"(?:<\|?(?:image|img)[ _-]?(\d{0,3})\|?\s?/?>|<img\s[^<>]{0,500}>)(?:</(?:image|img)>)?"
     r"|<\|vision_start\|><\|image_pad\|><\|vision_end\|>",
     re.IGNORECASE,
 )
 LOST_BACKSLASH = re.compile(  # where JSON read "\\frac" as a form feed and "rac"
-    r"[\b\a]|\f(?=rac|orall)|\v(?=ec|ar|ert|ee)|\t(?=imes|heta|ext\{|frac|riangle|au\b)"
-    r"|\r(?=ho\b|ight)|\n(?=abla)"
+    r"[\b\a]|\f(?=[a-z])|\r(?=ight|angle|floor|ceil|(?:ho|m)(?![a-z]))|\{\n(?=[uei]\b)"
+    r"|\t(?=imes|heta|ext(?:\{|bf|it|rm)|frac|riangle|ilde|binom|(?:au|op)(?![a-z])"
+    r"|an(?:[({^\\]| [a-zA-Z]\b)|o(?: ?\\| [-+\d]))"
+    r"|\n(?=abla|exists|otin|(?:eq|leq|geq|mid|ot)(?![a-z]))"
 )
-LOST_IN_BOX = re.compile(LOST_BACKSLASH.pattern + r"|\{[\t\r\n](?=[a-z])")
 LOST = "control characters (LaTeX with single backslashes?)"
 
 
@@ -78,21 +79,26 @@ def with_options(text: str, options: list[str]) -> str:
 
 
 def read_options(stored) -> list[str] | None:
-    """The options of a row, without letters of their own: "A. red" is "red". Raises Unusable."""
+    """The options of a row, without letters of their own: "A. red" is "red". Raises Unusable.
+
+    "B. blue", "A. red" would be shown as A. and B.: another answer than the row means.
+    """
     if not stored:
         return None
     texts = stored if isinstance(stored, list) and len(stored) <= len(LETTERS) else [None]
-    longest = verifier.MAX_MATH_CHARS
-    if not all(isinstance(text, str) and text.strip() and len(text) <= longest for text in texts):
+    longest, known = verifier.MAX_MATH_CHARS, LETTERS[: len(texts)]
+    fine = all(isinstance(text, str) and text.strip() and len(text) <= longest for text in texts)
+    own = [re.match(MARKER.format("([A-Za-z])"), text) for text in texts if fine]
+    letters = "".join(found[1].upper() for found in own) if all(own) else ""
+    if not fine or letters != known and {*letters} & {*known}:
         raise Unusable(
-            "options are no list of texts",
+            "options are no list of texts" if not fine else "options with letters in another order",
             f"lists of up to {len(LETTERS)} texts can be shown: name another column of options, "
             "or none: --columns choices=",
             got=stored,
         )
-    letters = [re.match(MARKER.format(letter), text) for letter, text in zip(LETTERS, texts)]
-    bare = [text[found.end() :] if found else "" for text, found in zip(texts, letters)]
-    return bare if all(bare) else texts
+    bare = [text[found.end() :] for text, found in zip(texts, own)] if letters == known else []
+    return bare if bare and all(bare) else texts
 
 
 def gold_text(answer, kind=None) -> str | None:
@@ -120,7 +126,7 @@ def read_gold(answer, kind, options: list[str] | None) -> str:
     if isinstance(answer, int) and hasattr(kind, "int2str"):  # a ClassLabel is its name
         answer = kind.int2str(answer) if answer >= 0 else None
     gold = gold_text(answer, kind)
-    number = re.sub(r"\\text|[{}$()\s]", "", gold or "")
+    number = verifier.normalise(gold or "").strip("()[] ")
     integer = options and re.fullmatch(r"[+-]?\d{1,9}(\.0*)?", number)
     # a text beyond the number of options can only be one of them
     if integer and not (isinstance(answer, str) and not 0 <= float(number) <= len(options)):
@@ -130,7 +136,7 @@ def read_gold(answer, kind, options: list[str] | None) -> str:
             "options' texts instead",
             got=answer,
         )
-    why = LOST if isinstance(answer, str) and LOST_IN_BOX.search(answer) else None
+    why = LOST if isinstance(answer, str) and LOST_BACKSLASH.search(answer) else None
     if gold and options:
         right, same = verifier.option_index(gold, options), [o == gold for o in options]
         # "A" may be the letter of the first and the text of the second

@@ -23,7 +23,7 @@ HOPELESS = re.compile(  # towers; huge powers, factorials, numbers, sums and bin
     r"\d\^\{?\d+\^|\^\{[^{}]*\^\{?[^{}]*\^|\^\{?-?\d{4}|\)\}?\^\{?\d{3}|\d{4}!|![)}]*!|\d{401}|"
     r"\\(?:sum|prod|binom)\b.*(?:\d{4}|10\^)"
 )
-MAX_BRACKETS = 120
+MAX_BRACKETS, MAX_LENGTH = 120, 400  # 900 letters in a row take a second or two
 
 
 class TooDear(Exception):
@@ -31,6 +31,8 @@ class TooDear(Exception):
 
 
 def hopeless(text: str) -> bool:
+    if len(text) > MAX_LENGTH:
+        return True
     return bool(HOPELESS.search(text)) or text.count("{") + text.count("(") > MAX_BRACKETS
 
 

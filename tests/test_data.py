@@ -434,12 +434,18 @@ def one_row(path: Path, row: dict, features: dict, columns: str = "") -> PromptS
         ("Which?", ["red", " "], "A", None),
         ("Which?", [f"{n} cm" for n in range(27)], "A", None),
         ("Which?", ["red", "x" * 1001], "A", None),
+        ("Which?", ["a) red", "b) blue"], "B", LETTERED),
+        ("Which?", ["x: red", "y: blue"], "B", "Which?\nOptions:\nA. x: red\nB. y: blue"),
+        ("Which?", ["B. blue", "A. red"], "B", None),  # another order than theirs
+        ("Which?", ["B. blue", "C. red"], "B", None),
         ("Which?", ["B", "A"], "A", None),  # the first one's letter, and the second one's text
     ],
 )
 def test_options_are_shown(tmp_path, question, options, answer, shown):
     if shown is None:
-        with pytest.raises(UsageError, match="1 dropped: (no |options are no list)"):
+        with pytest.raises(
+            UsageError, match="1 dropped: (no |options are no list|options with let)"
+        ):
             one_row(tmp_path, *choice(question, options, answer))
     else:
         prompt = one_row(tmp_path, *choice(question, options, answer))[0]
@@ -473,6 +479,10 @@ INDEX = "an integer as the answer beside options"
         (["2", "0", "4"], " 2 ", TEXT, INDEX),
         (["2", "0", "4"], "\\boxed{0}", TEXT, INDEX),
         (["2", "0", "4"], "$0$", TEXT, INDEX),
+        (["2", "0", "4"], "Answer: **0**", TEXT, INDEX),
+        (["2", "0", "4"], r"\(\mathbf{0}\)", TEXT, INDEX),
+        (["red", "blue"], "[1]", TEXT, INDEX),
+        (["50%", "100%"], "100%", TEXT, "100%"),
         (["1", "2", "3"], "1", datasets.ClassLabel(names=["0", "1", "2"]), INDEX),
         (["10", "20", "30"], "20", TEXT, "20"),  # three options have no twentieth
         (["0.5", "1.5"], 1.5, NUMBER, "1.5"),
@@ -564,10 +574,25 @@ def test_golds_with_single_backslashes(tmp_path, in_the_file, gold):
     )
 
 
-@pytest.mark.parametrize("text", [r"2 \times 3?", r"\frac{1}{2}?", r"\beta?", r"a\right)?"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            r"2 \times 3?",
+            r"\frac{1}{2}?",
+            r"\beta?",
+            r"a\right)?",
+            r"x \neq 3?",
+            r"x \to 0?",
+            r"\tau_1?",
+        ),
+        *(r"\tan x?", r"\textbf{a}?", r"\flat?", r"\rangle?", r"x \notin A?", r"\tilde{a}?"),
+    ],
+)
 def test_questions_with_single_backslashes(tmp_path, text):
     path = tmp_path / "rows.jsonl"
-    good = '{"problem": "a\\tb,\\nand \\\\frac?", "answer": "5"}\n'
+    good = "a\\tb,\\n\\nan eq.\\n\\f(i) o\\to\\tx\\tan apple\\nu = 3\\ni. e\\r\\nand \\\\frac?"
+    good = f'{{"problem": "{good}", "answer": "5"}}\n'
     path.write_text(f'{{"problem": "{text}", "answer": "4"}}\n' + good * 2)
     train, _ = load(path)
     assert golds(train) == ["5"]
@@ -590,6 +615,7 @@ SPECIAL = "a special token of the tokenizer in its text"
         ({"problem": "<|vision_start|><|image_pad|>?"}, "<|vision_start|>"),
         ({"problem": "Which?", "options": ["<|video_pad|>", "b"]}, "<|video_pad|>"),
         ({"problem": "<unk>?"}, "<unk>"),
+        ({"options": None, "answer": "7<|im_end|>"}, "<|im_end|>"),  # of an answer's text it is cut
     ],
 )
 def test_special_tokens_in_a_text(tmp_path, capsys, row, shown):

@@ -384,7 +384,7 @@ def test_a_chat_template_without_pictures(tmp_path):
     cards_file(tmp_path / "cards.parquet", 6)
     path = str(tmp_path / "cards.parquet")
     config = grpo.GRPOConfig(model=str(folder), dataset=path, eval_prompts=2)
-    with pytest.raises(UsageError, match="4 dropped: a chat template that does not show its pict"):
+    with pytest.raises(UsageError, match="4 dropped: a chat template that does not show all"):
         data.load_prompts(config)
 
 

@@ -136,6 +136,8 @@ ENCODED = base64.b64encode(RAW).decode()
         (PICTURE, {"bytes": RAW, "path": None}),
         (PICTURE, {"bytes": None, "path": "{folder}/red.png"}),
         ({"bytes": Value("binary"), "path": TEXT}, {"bytes": RAW, "path": "gone.png"}),
+        ({"bytes": Value("binary")}, {"bytes": RAW}),
+        ({"path": TEXT}, {"path": "red.png"}),
         (TEXT, "red.png"),
         (TEXT, "./red.png"),
         (TEXT, "sub/../red.png"),
@@ -144,7 +146,7 @@ ENCODED = base64.b64encode(RAW).decode()
 def test_stored_pictures_that_are_read(tmp_path, kind, value):
     (tmp_path / "sub").mkdir()
     RED.save(tmp_path / "red.png")
-    if isinstance(value, dict) and value["path"]:
+    if isinstance(value, dict) and value.get("path"):
         value = value | {"path": value["path"].format(folder=tmp_path)}
     features = {"images": kind, "problem": TEXT, "answer": TEXT}
     assert sizes(load(write(tmp_path / "a.parquet", features, [(value, "?", "1")] * 2))[0]) == [
@@ -205,6 +207,11 @@ NAMED = "pictures in {} would not be asked; name their column"
         ({"image": (TEXT, f"data:image/png;base64,{ENCODED}")}, "?", NAMED.format("image")),
         ({"image": (TEXT, ENCODED)}, "?", NAMED.format("image")),
         ({"image": (Value("binary"), RAW)}, "?", NAMED.format("image")),
+        ({"image": (Value("binary"), b"II*\0\x08" + RAW)}, "?", NAMED.format("image")),
+        ({"image": ({"path": TEXT}, {"path": "a.png"})}, "?", NAMED.format("image")),
+        ({"meta": (List({"file": TEXT}), [{"file": "a.png"}])}, "?", NAMED.format("meta")),
+        ({"image": (TEXT, "['a.png', 'b.png']")}, "?", NAMED.format("image")),
+        ({"image": (TEXT, "it's.svg")}, "?", NAMED.format("image")),
         (
             {"image_1": (PICTURE, RED), "image_2": (PICTURE, RED)},
             "<image 1>?",
@@ -251,6 +258,7 @@ def test_pictures_that_nobody_reads(tmp_path, columns, text, message):
             "*How long is*?",
             [40, 64],
         ),
+        ("<image></image> and <img/></img>?", "*and*?", [40, 64]),
         ("None.", "**None.", [40, 64]),
         ("<image 3>", None, None),
         ("<image><image><image>", None, None),
@@ -266,6 +274,14 @@ def test_marks_say_where_pictures_stand(tmp_path, text, shown, widths):
     else:
         prompt = load(path)[0][0]
         assert (asked(prompt), [image.width for image in prompt.images]) == (shown, widths)
+
+
+def test_what_is_beside_the_columns_that_are_read_is_said(tmp_path, capsys):
+    row = {"problem": "?", "answer": "1", "images": [], "image_2": "b.png", "options": ["a", "b"]}
+    load(lines(tmp_path / "a.jsonl", [row] * 2))
+    said = capsys.readouterr().out
+    assert "a.jsonl: pictures in image_2 are not asked" in said
+    assert "a.jsonl: options in options are not shown to the policy; --columns choices=op" in said
 
 
 def test_a_rare_mark_costs_its_row(tmp_path):

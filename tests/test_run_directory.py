@@ -230,6 +230,12 @@ def test_damaged_records_of_the_run(out, config, name, text):
         train(out, config)
 
 
+def test_a_record_whose_values_are_texts_is_another_runs(out, config):
+    edited(steps="2")(out / "config.json")
+    with pytest.raises(UsageError, match="another configuration .steps 2 there and 3 here"):
+        train(out, config)
+
+
 def test_exgrpo_does_not_go_on_without_its_experience(tiny, tmp_path):
     flags = tiny | {"save_every": 1, "eval_every": 100, "start_accuracy": 0.0, "out": str(tmp_path)}
     exgrpo.train(exgrpo.ExGRPOConfig(steps=2, **flags), tmp_path)
@@ -269,6 +275,18 @@ def on_file(tmp_path, tiny) -> GRPOConfig:
         (lambda path: (path / "model/preprocessor_config.json").open("a").write(" "), "base model"),
         (lambda path: (path / "model/chat_template.jinja").open("a").write("!"), "tokenizer"),
         (lambda path: edited(x=1)(path / "model/tokenizer_config.json"), "tokenizer"),
+        (
+            lambda path: cards_file(
+                path / "hands.parquet", 12, {3: {"images": [cards.draw(cards.hands("train")[4])]}}
+            ),
+            "training prompts",  # another picture of the same size
+        ),
+        (
+            lambda path: (path / "model/processor_config.json").write_text(
+                f'{{"image_processor": {(path / "model/preprocessor_config.json").read_text()}}}'
+            ),
+            "base model",
+        ),
     ],
 )
 def test_what_changed_under_a_run_is_told_there_and_here(on_file, tmp_path, change, message):
@@ -442,6 +460,32 @@ def test_a_folder_that_is_no_model_ends_in_one_line(tmp_path, config):
     with pytest.raises(UsageError, match=f"model {model}: ") as caught:
         Policy(model)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% if x %}", "cannot be rendered .Unexpected end of template"),
+        ("{{ raise_exception('no') }}", "cannot be rendered .no."),
+        ("{{ messages[0].content }}", "does not show the question"),  # one for texts alone
+        ("hello", "does not show the question"),
+    ],
+)
+def test_a_chat_template_that_does_not_show_a_row(tmp_path, template, reason):
+    model = shutil.copytree(cards.BASE, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(template)
+    told = f"the chat template {reason}.*; copy chat_template.jinja of the base model"
+    with pytest.raises(UsageError, match=told) as caught:
+        data.load_prompts(GRPOConfig(model=str(model), dataset="cards"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "\0\0", '{"eos_token_id": [2, 7'])
+def test_stop_tokens_that_cannot_be_read_are_not_guessed(tmp_path, text):
+    model = shutil.copytree(cards.BASE, tmp_path / "model")
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(UsageError, match=f"model {model}: cannot be loaded .*generation_config"):
+        Policy(model)
 
 
 EVIL = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Evil: pass\n"

@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -114,6 +115,13 @@ def test_multiple_choice(response, gold, choices, right):
     assert is_correct(rf"\boxed{{{response}}}", gold, choices) is right
 
 
+@pytest.mark.parametrize("sign", ["_", "\\{", "、", "²", "$", "1,000"])
+def test_no_option_is_100_kilobytes_long(sign):
+    started = time.process_time()
+    assert not is_correct(rf"\boxed{{{sign * 50_000}}}", "B", OPTIONS)
+    assert time.process_time() - started < 5
+
+
 def test_letters_outside_a_box_do_not_count():
     assert not is_correct("The answer is B", "B", OPTIONS)
 
@@ -133,6 +141,10 @@ HOSTILE = {
     "a number": 5,
     "5,000 digits": r"\boxed{" + "9" * 5000 + "}",
     "division by zero": r"\boxed{\frac{1}{0}}",
+    "100,000 backslashes": "\\" * 100_000,
+    "1,000 quadruple primes": r"\boxed{" + "\u2057" * 990 + "}",
+    "1,000 underscores": r"\boxed{" + "_" * 990 + "}",
+    "1,000 commas": r"\boxed{" + "、" * 990 + "}",
     "900 parentheses": r"\boxed{" + "(" * 900 + "}",
 }
 
@@ -156,6 +168,10 @@ def test_what_hangs_is_ended_by_its_cpu_time_and_what_dies_is_replaced(monkeypat
     assert worker.equal("x+x+x", "3x") is True and worker.process.pid == first  # only a child died
     os.killpg(first, signal.SIGKILL)
     assert worker.equal("x+y", "y+x") is True and worker.process.pid != first
+
+
+def test_long_texts_are_not_asked():
+    assert sympy_process.hopeless("m " * 300) and not sympy_process.hopeless("m " * 150)
 
 
 def test_a_worker_that_does_not_start_is_one_clear_error(monkeypatch, tmp_path):
