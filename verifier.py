@@ -13,8 +13,9 @@ accuracy is 1 for the right answer, format is 1 for any answer; otherwise they a
    math-verify, which parses LaTeX with sympy. Numbers are exact: 0.333 is not 1/3, 50% is 0.5.
 
 For this method a wrong answer that is paid is worse than a right one that is refused. So what is
-not clear is wrong: two options, another unit, `8 = 7`, broken LaTeX, prose in the box. No rule here
-judges rounding, converted units (100 cm for 1 m), reduced ratios, decimal commas, synonyms, proofs.
+not clear is wrong: two options, another unit, `8 = 7`, broken LaTeX, prose in the box. Rounded or
+converted answers (100 cm for 1 m), reduced ratios, decimal commas, synonyms and proofs are wrong,
+too. An unfinished product is right (5*2 for 10), and so are lists and option letters in any order.
 
 sympy may take for ever. So a process of its own judges each answer in 2 seconds of CPU time, on a
 busy machine too; an answer that takes more is *too dear*, and wrong.
@@ -198,9 +199,9 @@ def letters(answer: str) -> list[str]:
 
 WORDS = re.compile(r"[^\W\d_]+(?:[ ~'-]+[^\W\d_]+)*")
 PROSE = r"is|of|if|not?|for|all|any|odd|the|are|but|its|th|st|nd|rd|to|by|at|as|be|in|it"
-UNCLEAR = re.compile(  # math-verify reads 15 in "7 8", 7 in 7_8, in 7' and in 7\ldots
-    r"\d ?_|\d[ ~]+\d|\.\d*\.|(?<![A-Za-z])'|[\"%?#@]|--|\+\+|[^\W\d_]{4,}|[^\x00-\x7fΩμ°]|"
-    rf"(?<![A-Za-z\\])(?:{PROSE})(?![A-Za-z])"
+UNCLEAR = re.compile(  # math-verify reads 15 in "7 8", 7 in 7_8, 7' and 7\ldots, 3 in 8-5
+    r"^\d+(?:-\d+)+$|\d ?_|\d[ ~]+\d|\.\d*\.|(?<![A-Za-z])'|[\"%?#@]|--|\+\+|[^\W\d_]{4,}|"
+    rf"[^\x00-\x7fΩμ°]|(?<![A-Za-z\\])(?:{PROSE})(?![A-Za-z])"
 )
 
 
@@ -217,8 +218,10 @@ def same(gold: str, answer: str) -> tuple[bool, str]:
         return True, "equal as text"
     if LETTERS.fullmatch(gold):
         return letters(gold) == letters(answer), "compared as option letters"
-    if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):  # case counts in m, Co and pH
+    if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):  # case counts in m, Co and PbS
         alike = bare(gold).casefold() == bare(answer).casefold()
+        words = re.findall(r"[^\W\d_]+", f"{gold} {answer}")
+        alike &= all(word in (word.lower(), word.upper(), word.capitalize()) for word in words)
         return alike and (len(gold) > 2 or gold.lower() in ("no", "on", "up")), "compared as words"
     if not pieces(gold) or not pieces(answer):
         return False, "brackets that do not close"
@@ -306,12 +309,9 @@ def same_formula(gold: str, answer: str) -> tuple[bool, str]:
 
 LENGTHS = ["3 cm", "5 cm", "7 cm"]
 EXAMPLES = [  # response, gold, choices
-    (r"first \boxed{1}, no: \boxed{2}", "1", None),
     (r"so it is \boxed{\frac{1}{2}}", "0.5", None),
-    (r"<answer> x = 3 </answer>", "3", None),
     (r"\boxed{1,000.0}", "1000", None),
     (r"\boxed{\text{(B)}}", "B", LENGTHS),
-    (r"\boxed{5 cm}", "B", LENGTHS),
     (r"\boxed{B: 7 cm}", "B", LENGTHS),
     (r"it must be B", "B", LENGTHS),
     (r"\boxed{35", "35", None),
@@ -335,8 +335,8 @@ def main(gold: str | None = None, response: str | None = None, choices: list[str
         prompt = SimpleNamespace(id="example", gold=right, choices=options)
         completion = SimpleNamespace(text=text, accuracy=float(correct), finished=True)
         completion.answer, completion.token_ids = extract_answer(text), [*map(ord, text)]
-        value = reward(prompt, completion)
-        print(f"{'accept' if correct else 'reject':8} {value:<7.2f} {right:14} {text:34} {reason}")
+        verdict, value = "accept" if correct else "reject", reward(prompt, completion)
+        print(f"{verdict:8} {value:<7.2f} {right:14} {text:34} {reason}")
 
 
 if __name__ == "__main__":

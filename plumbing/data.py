@@ -265,6 +265,8 @@ def check_rows(name: str, rows: Iterable[tuple[int, dict]], check: Callable) -> 
     if sum(dropped[reason] for reason in blind) > total // 10 or not kept:
         worst = max(blind or dropped, key=dropped.get)
         raise UsageError(f"{name}: {total} rows, {', '.join(found)}; {first[worst][1].remedy}")
+    if dropped.total() > len(kept):
+        found.append(first[max(dropped, key=dropped.get)][1].remedy)
     tqdm.write(", ".join([f"{name}: {len(kept)} prompts, {pictured} with pictures", *found]))
     return kept, dict(dropped), keys
 
@@ -368,5 +370,8 @@ def fault_of(path: Path, reason: str) -> str:
         try:
             json.loads(line.strip() or "null")
         except ValueError as error:
-            return f"line {number}: {error}"
+            hint = (
+                "; a backslash is written twice, as in \\\\frac" if "escape" in str(error) else ""
+            )
+            return f"line {number}: {error.msg}{hint}"
     return reason

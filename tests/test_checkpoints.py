@@ -59,7 +59,7 @@ def trained(monkeypatch):
 
     def run(out: Path, *steps: int, **flags) -> dict[str, torch.Tensor]:
         for until in steps:
-            flags = TINY | {"max_new_tokens": 12} | flags
+            flags = TINY | flags
             grpo.train(GRPOConfig(out=str(out), steps=until, **flags), str(out))
         return load_file(next(out.glob(f"checkpoints/step_{until:06d}/*model.safetensors")))
 

@@ -750,7 +750,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
         (
             "a.json",
             '[{"problem": "a"},\n{"problem" "b"}]',
-            "line 1: Expecting ':' delimiter: li",
+            "line 1: Expecting ':' delimiter",
         ),
         ("a.csv", 'a,b\n1,2\n1,2,3\n"x', "Error tokenizing data. C error: Expected 2"),
         ("a.jsonl", POINTER, "it is a Git LFS pointer"),

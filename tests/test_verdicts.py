@@ -89,7 +89,7 @@ BROKEN = r"""
 =␣{n} {n}␣= {n}/ /{n} {n}␣\frac \foo␣{n} \neg␣{n} {n}␣8 {n}␣&␣8 {n}␣\\␣8 {n}.. {n}... {n}\ldots
 {n}.5.6 {n}' {n}? #{n} @{n} \int␣{n} \log␣{n} \overline{{{n}}} \vec{{{n}}} f({n}) not␣{n}
 {n}␣or␣8 {n}␣is␣wrong at␣least␣{n} more␣than␣{n} {n}␣thousand {n}␣dozen {n}亿 {n}倍 {n}以上
-{n}分之一 {n}␣below␣zero minus␣{n} {n},␣{n},␣{n} {n}!! {n}␣mod␣5
+{n}-{n} 1{n}-8 {n}-01-05 {n}分之一 {n}␣below␣zero minus␣{n} {n},␣{n},␣{n} {n}!! {n}␣mod␣5
 """
 
 

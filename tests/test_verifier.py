@@ -286,7 +286,7 @@ def test_signatures(function):
 
 def test_command_line(command):
     table = command("verifier.py").stdout
-    assert table.count("accept") >= 5 and table.count("reject") >= 5 and "too much" in table
+    assert table.count("accept") >= 3 and table.count("reject") >= 3 and "too much" in table
     half = command("verifier.py", "--gold", "0.5", "--response", r"\boxed{\frac12}").stdout
     assert "accept" in half and "1.00" in half
     three = ["--gold", "B", "--response", r"\boxed{3}"]
