@@ -21,8 +21,15 @@ from worlds import cards
 CONFIG = TINY | {"lr": 1e-4}
 
 
+def asked_of(accuracies: list[float], prompt_id: str = "p"):
+    group = group_of(accuracies, prompt_id)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "How many?"}]}]
+    group.prompt = replace(group.prompt, messages=messages)
+    return group
+
+
 def test_a_row_for_each_trained_slot_and_for_the_discarded_one():
-    asked = group_of([0.0, 0.0, 0.0])
+    asked = asked_of([0.0, 0.0, 0.0])
     guide = Completion("p", [9], [-0.5], "so", True, "guide@40", accuracy=1.0, reward=1.0)
     mixed = replace_slot(asked, guide)
     for place, completion in enumerate(mixed.completions):
@@ -96,7 +103,8 @@ def test_the_page_shows_all_of_it_and_runs_nothing(run, capsys):
 def test_what_a_model_says_is_text():
     tokenizer, evil = load_tokenizer(cards.BASE), "<script>alert(1)</script>"
     ids = tokenizer("27 +8= 35").input_ids
-    row = rollout_rows(1, [group_of([1.0, 0.0], evil)], [group_of([1.0, 0.0], evil)])[0]
+    group = asked_of([1.0, 0.0], evil)
+    row = rollout_rows(1, [group], [group])[0]
     row |= {"token_ids": ids, "logprobs": [-0.5] * len(ids), "advantage": 0.7, "prompt": evil}
     row |= {"source": evil, "gold": evil, "ratios": [0.5, *[1.0] * (len(ids) - 1)]}
     prompt = replace(group_of([0.0]).prompt, id=evil)
