@@ -37,7 +37,8 @@ class Curve:
                 config=dataclasses.asdict(self.config),
             )
         self.step = line["step"]
-        numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        numbers = {n: value for n, value in line.items() if isinstance(value, int | float)}
+        numbers.pop("step")  # which both know by itself
         self.library.log(numbers, step=self.step)
 
     def close(self, failed: bool = False) -> None:
