@@ -82,12 +82,9 @@ def test_a_reward_that_is_not_finite_stops_the_run(rewards, tmp_path):
 
 
 def test_a_function_is_a_source_and_its_rows_reach_the_reward(tmp_path):
-    (tmp_path / "sums.py").write_text(
-        "def rows():\n"
-        "    rows = ({'problem': f'{n} + 1?', 'answer': n + 1, 'entry': {'n': n}} for n in range(9))\n"
-        "    return list(rows)\n"
-        "def nothing():\n    return []\n"
-    )
+    row = "{'problem': f'{n} + 1?', 'answer': n + 1, 'entry': {'n': n}}"
+    code = f"def rows():\n    return [{row} for n in range(9)]\ndef nothing():\n    return []\n"
+    (tmp_path / "sums.py").write_text(code)
     flags = {"dataset": f"{tmp_path / 'sums.py'}:rows", "eval_prompts": 2}
     train, held_out = load_prompts(GRPOConfig(**flags))
     assert (len(train), train[3].gold, train[3].row["entry"]) == (7, "4", {"n": 3})
