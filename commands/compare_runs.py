@@ -9,9 +9,9 @@ Runs that differ in nothing but the seed are one curve: their mean, with a band 
 import statistics
 from pathlib import Path
 
-from experiments.results import bounds
 from plumbing import UsageError
 from plumbing.command import stored_config
+from plumbing.metrics import bounds
 from plumbing.run import current_lineage, read_jsonl
 
 SAYS_NOTHING = {"out", "seed", "fresh", "keep", "device", "micro_batch_size", "vllm_memory"}

@@ -4,10 +4,10 @@ import statistics
 from dataclasses import dataclass, replace
 
 from experiments.runs import HERE
+from plumbing.metrics import bounds
 from plumbing.run import read_jsonl
 
 PAPER_SPEED = 2.1
-T_975 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # [n]
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,6 @@ def results(file: str, rows) -> dict[str, list[Result]]:
     if len(seeds) < 2:
         raise SystemExit(f"error: {file} has fewer than two seeds with all of {', '.join(rows)}")
     return {row: [Result.of(lines[row, seed]) for seed in seeds] for row in rows}
-
-
-def bounds(values: list[float]) -> tuple[float, float]:
-    """Of the mean's 95 % interval over seeds, by Student's t."""
-    t = T_975[min(len(values), len(T_975) - 1)]  # beyond the table a little too large
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def interval(values: list[float], digits: int = 2) -> str:

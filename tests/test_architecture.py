@@ -124,16 +124,17 @@ FORKED = {
     "npo.replace_slot": "group, guide, gate=0.6",
     "grpo.group_advantages": "rewards",
     "grpo.clipped_policy_loss": "logprobs, old_logprobs, advantages, mask, clip_low=0.2, "
-    "clip_high=0.28, num_sequences=None, weights=1.0",
+    "clip_high=0.28, num_sequences=None, weights=1.0, num_tokens=None",
     "autonpo.select_rollback": "quality, variance",
     "signal_theory.quality": "distance, alpha",
     "signal_theory.variance": "distance, beta",
     "signal_theory.signal": "quality, variance",
     "signal_theory.optimal_distance": "alpha, beta",
     "signal_theory.second_moment": "p, q",
-    "plumbing.rollout.Prompt": "id, messages, images, gold, choices=None, working=None",
+    "plumbing.rollout.Prompt": "id, messages, images, gold, choices=None, working=None, row=None",
     "plumbing.rollout.Completion": "prompt_id, token_ids, behavior_logprobs, text, finished, "
-    "source='policy', exact=True, accuracy=None, reward=None, answer=None, too_dear=False",
+    "source='policy', exact=True, accuracy=None, reward=None, answer=None, too_dear=False, "
+    "advantage=None, ratios=None",
     "plumbing.rollout.Group": "prompt, encoded, completions",
 }
 

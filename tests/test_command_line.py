@@ -144,7 +144,7 @@ def test_what_is_kept_of_the_checkpoints(by_chance, tiny, tmp_path, monkeypatch)
     npo.intervene(NPOConfig(out=str(out), **late, **tiny), out)
     kept = [[path.name[-1] for path in checkpoints(where)] for where in (out / "scout", out)]
     assert kept == [["3", "4"], ["5", "6"]]
-    assert all((path / "optimizer.pt").is_file() for path in out.glob("**/step_*"))
+    assert all((path / "optimizer.pt").is_file() for path in out.glob("**/checkpoints/*"))
 
 
 # ---------------------------------------------------------------------- the run directory
@@ -240,7 +240,10 @@ def one_line_error(done: subprocess.CompletedProcess) -> str:
     ("words", "message"),
     [
         ("grpo.py --keep 40,x", "--keep 40,x: must be all, none, or steps as in 40,100"),
-        ("npo.py --guide nowhere", "model nowhere: its tokenizer cannot be loaded"),
+        (
+            "npo.py --guide nowhere",
+            "--guide nowhere: is no guide; give self, a",
+        ),
         ("autonpo.py --max-distance 3", "--max-distance 3: must be at least 10"),
         ("commands/luffy.py --gamma 0", "--gamma 0.0: must be above 0"),
         ("commands/exgrpo.py --replay-frac 0.1", "--replay-frac 0.1: of --prompts-per-step 8"),

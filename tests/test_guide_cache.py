@@ -13,7 +13,7 @@ from plumbing.data import load_prompts
 from plumbing.encode import image_parts
 from plumbing.guide_cache import build_guide_cache, line_of, load_guide_cache
 from plumbing.model import Policy
-from plumbing.rollout import Completion
+from plumbing.rollout import Completion, Prompt
 from plumbing.run import derived_seed, read_jsonl
 from worlds import cards
 
@@ -121,6 +121,10 @@ def test_only_right_answers_are_kept_and_what_vllm_sampled_is_the_guides():
     assert line_of(3, group_of([0.0, 0.0]), 30, keep=1)["answers"] == []
 
 
+def asked(prompt_id: str) -> Prompt:
+    return Prompt(prompt_id, [], [], "7")
+
+
 def test_a_cache_guides_until_its_last_step_and_knows_its_cost(built, guide):
     config, _, _ = guide
     lines = read_jsonl(built)[1:]
@@ -129,15 +133,15 @@ def test_a_cache_guides_until_its_last_step_and_knows_its_cost(built, guide):
     (unsolved, *_) = [line["prompt_id"] for line in lines if not line["answers"]]
     assert list(cache.answers) == solved
     first = lines[[line["prompt_id"] for line in lines].index(solved[0])]["answers"][0]
-    assert cache.answers_to(solved[0], UNTIL) == [Completion(**first)]
-    assert cache.answers_to(solved[0], UNTIL + 1) == []
-    assert cache.answers_to(unsolved, 1) == cache.answers_to("elsewhere", 1) == []
+    assert cache.answers_to(asked(solved[0]), UNTIL) == [Completion(**first)]
+    assert cache.answers_to(asked(solved[0]), UNTIL + 1) == []
+    assert cache.answers_to(asked(unsolved), 1) == cache.answers_to(asked("elsewhere"), 1) == []
     tokens = sum(line["sampled_tokens"] for line in lines)
     assert (cache.sampled_tokens, cache.spent_tokens) == (tokens, tokens + 50)
     share = f"{len(solved)} of 5 prompts ({len(solved) / 5:.0%}) within 6 answers"
     assert str(cache) == f"guide@7 solved {share}, {tokens} tokens"
     longer = load_guide_cache(built, config, until=5)
-    assert longer.until == 5 and longer.answers_to(solved[0], 5)
+    assert longer.until == 5 and longer.answers_to(asked(solved[0]), 5)
 
 
 def test_without_is_correction_no_logprobs_are_read(built, guide):

@@ -99,7 +99,10 @@ def test_the_lines_of_the_terminal():
     assert metrics.batch_arithmetic(config) == (
         "5 prompts x 3 slots = 15 completions/step = 4 micro-batches of 4 -> 2 optimizer step(s)"
     )
-    line = metrics.answer_metrics([group_of([1.0, 0.0])])
+    group = group_of([1.0, 0.0])
+    for completion in group.completions:
+        completion.answer = "7"
+    line = metrics.answer_metrics([group])
     line |= {"step": 7, "frac_reward_zero_std": 0.25, "loss": 0.125, "grad_norm": 0.5, "ratio": 1.5}
     line |= {"npo/guide_frac": 0.4, "npo/distance": 33.0, "eval/accuracy": 0.875}
     line |= {"clip_ratio/low_mean": 0.01, "clip_ratio/high_mean": 0.002}
@@ -108,6 +111,8 @@ def test_the_lines_of_the_terminal():
         "step 0007/0040 | acc 0.500 | live 75% | guide 2/5 D 33 | loss 0.125 | ratio 1.50 clip "
         "1.2% | ent 0.38 | len 2 cut 0% | gn 0.50 | gen 1.2s train 2.5s | eval 0.875"
     )
+    line["reward"] -= 0.03  # of one's own: it is shown
+    assert "| live 75% | rew 0.520 | guide" in metrics.step_line(line, 40, 5)
 
 
 def test_the_transcript_shows_a_replaced_slot_beside_what_it_replaced():

@@ -22,7 +22,7 @@ from plumbing.checkpoints import checkpoint_path, checkpoint_state
 from plumbing.data import load_prompts
 from plumbing.encode import check_start
 from plumbing.guide_cache import VERSION, GuideCache, cache_fingerprints, line_of
-from plumbing.rollout import Completion
+from plumbing.rollout import Completion, Prompt
 from plumbing.run import derived_seed, read_jsonl, rows_of_step
 from worlds import cards
 
@@ -410,8 +410,9 @@ def test_the_cache_keeps_as_many_answers_as_there_are_slots(early, tmp_path, mon
     config = dataclasses.replace(config, slots=2, out=str(tmp_path / "run"))
     guide = str(checkpoint_path(out / "scout", 2))
     cache = npo.ask_guide(config, guide, 1, tmp_path / "guide.jsonl")
-    assert max(len(cache.answers_to(id, 2, 3)) for id in cache.answers) == 2
-    assert {len(cache.answers_to(id, 2)) for id in cache.answers} == {1}
+    assert max(len(found) for found in cache.answers.values()) == 2
+    prompts = [Prompt(id, [], [], "7") for id in cache.answers]
+    assert {len(cache.answers_to(prompt, 2)) for prompt in prompts} == {1}
 
 
 def test_a_run_goes_on_from_another_runs_checkpoint(tiny, tmp_path, monkeypatch):
