@@ -15,7 +15,7 @@ accuracy is 1 for the right answer, format is 1 for any answer; otherwise they a
 For this method a wrong answer that is paid is worse than a right one that is refused. So what is
 not clear is wrong: two options, another unit, `8 = 7`, broken LaTeX, prose in the box. Rounded or
 converted answers (100 cm for 1 m), reduced ratios, decimal commas, synonyms and proofs are wrong,
-too. An unfinished product is right (5*2 for 10), and so are lists and option letters in any order.
+too. An unfinished product is right (5*2 for 10), as is any order of letters or of a bare list.
 
 sympy may take for ever. So a process of its own judges each answer in 2 seconds of CPU time, on a
 busy machine too; an answer that takes more is *too dear*, and wrong.

@@ -191,9 +191,8 @@ def dataset_prompts(
         keys.append(found)
     trained = set(keys[0])
     if same := sum(key in trained for key in keys[1]):
-        tqdm.write(
-            f"{dataset}: {same} held-out prompts are training prompts, too, by text and gold"
-        )
+        by = "by text, gold and pictures"
+        tqdm.write(f"{dataset}: {same} held-out prompts are training prompts, too, {by}")
     return tuple(sets)
 
 
@@ -370,8 +369,7 @@ def fault_of(path: Path, reason: str) -> str:
         try:
             json.loads(line.strip() or "null")
         except ValueError as error:
-            hint = (
-                "; a backslash is written twice, as in \\\\frac" if "escape" in str(error) else ""
-            )
-            return f"line {number}: {error.msg}{hint}"
+            said = getattr(error, "msg", str(error))  # what is no UTF-8 has none
+            hint = "; a backslash is written twice, as in \\\\frac" if "escape" in said else ""
+            return f"line {number}: {said}{hint}"
     return reason

@@ -84,8 +84,7 @@ def append(path: Path, lines: Iterable[dict]) -> None:
     """Adds lines of JSON to a file."""
     with open(path, "a") as file:
         file.write(json_lines(lines))
-        file.flush()
-        os.fsync(file.fileno())
+    on_disk(path)
 
 
 def read_jsonl(path: str | Path, *numbers: str) -> list[dict]:

@@ -9,15 +9,21 @@ from plumbing.encode import load_tokenizer
 from plumbing.files import file_hashes
 from plumbing.lora import base_model_of
 
-MODEL = ["config.json", "generation_config.json", "preprocessor_config.json"]
-MODEL += ["processor_config.json"]  # goes before the one of the image processor alone
+MODEL = [
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+]
 TOKENIZER = [
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
 ]
-TOKENIZER += ["added_tokens.json", "vocab.json", "merges.txt"]
 
 
 def fingerprints(config) -> dict[str, str]:

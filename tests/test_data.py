@@ -349,6 +349,15 @@ def test_every_reason_is_counted_and_ids_stay(tmp_path, monkeypatch):
     assert free.fingerprint == train.fingerprint and free[3].id == train[3].id
 
 
+@pytest.mark.parametrize(("bad", "shown"), [(2, False), (3, True)])
+def test_where_most_rows_are_dropped_the_remedy_is_shown(tmp_path, capsys, bad, shown):
+    """Of 5 training rows; where half or more are right a count is enough."""
+    rows = [{"problem": f"{n}?", "answer": "" if n < bad else "7"} for n in range(6)]
+    train, _ = load(write_lines(tmp_path / "a.jsonl", rows))
+    assert len(train) == 5 - bad
+    assert ("name another column, as in --columns answer=x" in capsys.readouterr().out) == shown
+
+
 def test_held_out_rows_are_cut_off_first(tmp_path):
     rows = [{"problem": f"{n}?", "answer": "" if n in (1, 4) else f"{n}"} for n in range(6)]
     train, held_out = load(write_lines(tmp_path / "rows.jsonl", rows), eval_prompts=3)
@@ -747,6 +756,12 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
         ("a.jsonl", OK * 2 + '{"problem": "a", "answer": \n' + OK, "line 3: Expecting value"),
         ("a.jsonl", OK * 2 + '{"problem": "a", "ans', "line 3: Unterminated string"),
         ("a.jsonl", OK * 2 + "no JSON\n" + OK, "line 3: Expecting value"),
+        ("a.jsonl", OK + '{"problem": "caf\xe9"}\nno JSON\n', "line 2: 'utf-8' codec can't decode"),
+        (
+            "a.jsonl",
+            OK + '{"problem": "\\sqrt", "answer": "1"}\n',
+            "line 2: Invalid \\escape; a backslash is written twice, as in \\\\frac",
+        ),
         (
             "a.json",
             '[{"problem": "a"},\n{"problem" "b"}]',
@@ -759,7 +774,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 )
 def test_data_files_that_cannot_be_read(tmp_path, monkeypatch, name, content, message):
     """By the command that a user calls."""
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="latin-1")
     words = f"grpo.py --dataset {tmp_path / name} --model {cards.BASE} --out {tmp_path / 'run'}"
     monkeypatch.setattr(sys, "argv", words.split())
     monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")
