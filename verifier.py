@@ -27,7 +27,9 @@ busy machine too; an answer that takes more is *too dear*, and wrong.
 import math
 import re
 from types import SimpleNamespace
+from typing import SupportsFloat
 
+from plumbing import UsageError
 from plumbing.notation import bare, elements, named, normalise, number, pieces, short, split_unit
 from plumbing.sympy_process import SympyProcess, TooDear
 
@@ -55,8 +57,8 @@ def score(groups) -> None:
     Short answers are judged first: which ones are too dear depends neither on the order of sampling
     nor, as remembered verdicts count, on what was judged before.
 
-    Raises FloatingPointError if a reward is nan or infinite, and ValueError if an edited
-    `is_correct` gives anything but right or wrong.
+    Raises UsageError if a reward is no finite number, or an edited `is_correct` gives anything but
+    right or wrong.
     """
     left = DEAR_PER_STEP
     for group in groups:
@@ -69,7 +71,7 @@ def score(groups) -> None:
             completion.too_dear = SYMPY.too_dear > dear
             if completion.accuracy not in (0, 1):  # a guide cache would silently drop 0.9
                 problem = f"accuracy is {completion.accuracy}; partial credit belongs in `reward`"
-                raise ValueError(f"prompt {prompt.id}: {problem}")
+                raise UsageError(f"prompt {prompt.id}: {problem}")
             set_reward(prompt, completion)
         left -= allowed - SYMPY.left
     SYMPY.left = math.inf
@@ -77,9 +79,11 @@ def score(groups) -> None:
 
 def set_reward(prompt, completion) -> None:
     """Sets `reward` of a completion whose accuracy is known; a guide's when it takes a slot."""
-    completion.reward = float(reward(prompt, completion))
-    if not math.isfinite(completion.reward):
-        raise FloatingPointError(f"prompt {prompt.id}: the reward is {completion.reward}")
+    value = reward(prompt, completion)
+    if not isinstance(value, SupportsFloat) or not math.isfinite(value):
+        problem = f"the reward is {value!r}; it must be a finite number"
+        raise UsageError(f"prompt {prompt.id}: {problem}")
+    completion.reward = float(value)
 
 
 def is_correct(response: str | None, gold: str, choices: list[str] | None = None) -> bool:

@@ -1,9 +1,10 @@
-"""A checkpoint on the paper's eight benchmarks, or on an embedded world by difficulty.
+"""A checkpoint on the paper's eight benchmarks, an embedded world by difficulty, or your data.
 
     python -m commands.evaluate  # the cards world's base, by number of cards and carries
     python -m commands.evaluate --model runs/npo/checkpoints/step_000100 --benchmarks cards
     python -m commands.evaluate --model Qwen/Qwen3-VL-8B-Instruct --benchmarks mmstar --limit 100
     python -m commands.evaluate --model PATH --data-dir DATA  # DATA/mmstar.parquet and so on
+    python -m commands.evaluate --model PATH --benchmarks my.jsonl  # all rows, asked as npo.py asks
 
 These numbers are not comparable with those of papers. Our prompts are our own, and every answer is
 judged by rule, while MathVista, MathVerse and MMBench are officially scored with the help of a
@@ -33,12 +34,14 @@ from commands.benchmarks import BENCHMARKS, EIGHT, PAPER, Item, all_right, items
 from plumbing import Unusable, UsageError, vllm_sampler
 from plumbing.checkpoints import checked
 from plumbing.command import command_line
-from plumbing.data import world_prompts
-from plumbing.encode import special_token
+from plumbing.data import dataset_prompts, world_prompts
+from plumbing.encode import image_parts, load_tokenizer, special_token
 from plumbing.files import append, json_lines, lock, make_directory, read_jsonl, write_aside
 from plumbing.lora import base_model_of
 from plumbing.model import Policy
+from plumbing.own_code import is_function
 from plumbing.rollout import Prompt, batched
+from plumbing.rows import BOXED
 from plumbing.run import derived_seed
 from plumbing.settings import WORLDS, ModelConfig, within
 
@@ -46,7 +49,9 @@ from plumbing.settings import WORLDS, ModelConfig, within
 @dataclass
 class EvaluateConfig(ModelConfig):
     # Data
-    benchmarks: str | None = None  # as in mmstar,mathvista, or a world [the model's, else eight]
+    benchmarks: str | None = None  # as in mmstar,my.jsonl; or a world [the model's, else eight]
+    columns: str = ""  # of a data set of your own, as in npo.py
+    instruction: str = BOXED  # what its questions end with
     limit: int | None = None  # the first so many problems of each [all]
     data_dir: str | None = None  # folder of NAME.parquet files or of copies NAME/ [the hub]
     out: str | None = None  # for predictions.jsonl, scores.json, table.md [runs/evaluate/MODEL]
@@ -81,11 +86,12 @@ class EvaluateConfig(ModelConfig):
     def check(self) -> None:
         super().check()
         known = [*WORLDS, *BENCHMARKS]
-        unknown = [name for name in self.names if name not in known]
+        unknown = [n for n in self.names if n not in known and not is_own(n)]
         if unknown or not self.names:
             problem = f"no benchmark is called {unknown[0]!r}" if unknown else "names none"
             raise UsageError(
-                f"--benchmarks {self.benchmarks}: {problem}; known: {', '.join(known)}"
+                f"--benchmarks {self.benchmarks}: {problem}; known: {', '.join(known)}, a data "
+                "file, a folder, and FILE.py:NAME"
             )
         for name in ("samples", "max_new_tokens", "batch_size"):
             within(self, name, least=1)
@@ -97,6 +103,23 @@ class EvaluateConfig(ModelConfig):
 # ---- Asking ---------------------------------------------------------------------------
 
 
+def is_own(name: str) -> bool:
+    """Whether it names a data set of the user's own."""
+    return name not in [*WORLDS, *BENCHMARKS] and (is_function(name) or Path(name).exists())
+
+
+def own_items(name: str, config: EvaluateConfig) -> list[Item]:
+    """All rows of a data set, each a prompt as npo.py makes it."""
+    parts = load_tokenizer(config.model_path), *image_parts(config.model_path)
+    (prompts,) = dataset_prompts(name, config.columns, config.instruction, 0, 0, parts)
+
+    def item(row: int) -> Item:
+        id = f"{prompts.fingerprint}:{row}"
+        return Item(id, id, "", lambda: prompts.make(id, prompts.rows[row]))
+
+    return [item(row) for row in prompts.kept]
+
+
 def asked_items(config: EvaluateConfig) -> dict[str, list[Item]]:
     """All items of each benchmark; those beyond --limit are left out later."""
     items = {}
@@ -104,6 +127,13 @@ def asked_items(config: EvaluateConfig) -> dict[str, list[Item]]:
         if name in WORLDS:
             prompts = world_prompts(name, config.borrows, "held_out")
             items[name] = [Item(p.id, p.id, "", lambda p=p: p) for p in prompts]
+        elif is_own(name):
+            items[name] = own_items(name, config)
+        elif image_parts(config.model_path)[0] is None:
+            raise UsageError(
+                f"--benchmarks {name}: asks about pictures, and {config.model} reads text only; "
+                "give a data set of texts, as in --benchmarks my.jsonl"
+            )
         else:
             items[name] = items_of(name, config.data_dir)
     return items
@@ -278,17 +308,17 @@ def table(model: str, samples: int, found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def world_table(name: str, borrows: int, scores: list[list[float]]) -> str:
-    """A world by number of cards and of carries, the staircase also of borrows."""
-    samples, hands = len(scores[0]), world_prompts(name, borrows, "held_out").rows[: len(scores)]
+def own_table(name: str, config: EvaluateConfig, scores: list[list[float]]) -> str:
+    """A world by number of cards and of carries, the staircase also of borrows; else all in one."""
+    samples, hands = config.samples, range(len(scores))
     keys = ("avg", "pass") if samples > 1 else ("avg",)
     titles = [f"{key}@{samples}, %" for key in keys]
-    lines = [table_row(name, "hands", *titles), "|---" * (len(keys) + 2) + "|"]
-    groupings = [
-        lambda hand: "all",
-        lambda hand: f"{len(hand.digits)} cards",
-        lambda hand: f"{hand.carries} carries",
-    ]
+    lines = [table_row(name, "prompts", *titles), "|---" * (len(keys) + 2) + "|"]
+    groupings = [lambda hand: "all"]
+    if name in WORLDS:
+        hands = world_prompts(name, config.borrows, "held_out").rows[: len(scores)]
+        groupings.append(lambda hand: f"{len(hand.digits)} cards")
+        groupings.append(lambda hand: f"{hand.carries} carries")
     if name == "staircase":
         groupings.append(lambda hand: f"{hand.borrows} borrows")
     for label_of in groupings:
@@ -314,7 +344,7 @@ def main(config: EvaluateConfig) -> None:
     for name, some in items.items():
         scores, counts = score(name, some, lines)
         found[name] = summary(scores) | counts
-        texts += [world_table(name, config.borrows, scores)] if name in WORLDS else []
+        texts += [] if name in BENCHMARKS else [own_table(name, config, scores)]
     if found.keys() & BENCHMARKS.keys():
         texts.append(table(config.model, config.samples, found))
     kept = {"model": config.model, "samples": config.samples, "benchmarks": found}

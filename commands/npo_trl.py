@@ -40,9 +40,10 @@ import verifier
 from plumbing import UsageError
 from plumbing.checkpoints import checkpoint_state
 from plumbing.data import load_prompts
-from plumbing.encode import image_parts, load_tokenizer, vision_token_ids
+from plumbing.encode import config_of, flat, image_parts, load_tokenizer, vision_token_ids
 from plumbing.files import lock, make_directory
 from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
+from plumbing.model import auto_class
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
 
 NO_END = 10**9  # as the last guided step: all are guided
@@ -202,10 +203,11 @@ class Processor(transformers.Qwen3VLProcessor):
         return super().__call__(images=flat or None, text=text, **options)
 
 
-def load_processor(path: str | Path) -> Processor:
-    tokenizer = load_tokenizer(path)
+def load_processor(path: str | Path):
+    """A text model's is its tokenizer."""
+    tokenizer, image_processor = load_tokenizer(path), image_parts(path)[0]
     tokenizer.padding_side = "left"
-    return Processor(image_parts(path)[0], tokenizer)
+    return Processor(image_processor, tokenizer) if image_processor else tokenizer
 
 
 def accuracy(completions, gold, choices, **_) -> list[float]:
@@ -218,11 +220,11 @@ def answered(completions, **_) -> list[float]:
     return [float(verifier.extract_answer(c[0]["content"]) is not None) for c in completions]
 
 
-def rows_of(prompts: list[Prompt]) -> Dataset:
+def rows_of(prompts: list[Prompt], for_text_model: bool = False) -> Dataset:
     """The columns that TRL, the rewards and `prompt_of` read."""
     rows = [
         {
-            "prompt": prompt.messages,
+            "prompt": flat(prompt.messages) if for_text_model else prompt.messages,
             "images": prompt.images,
             "prompt_id": prompt.id,
             "gold": prompt.gold,
@@ -240,7 +242,9 @@ def prompt_of(row: dict) -> Prompt:
     """The prompt of a row. In the table every part of a message has a text, if only None."""
     messages = []
     for message in row["prompt"]:
-        parts = [{k: v for k, v in p.items() if v is not None} for p in message["content"]]
+        content = message["content"]
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = [{k: v for k, v in p.items() if v is not None} for p in content]
         messages.append(message | {"content": parts})
     images, choices = row.get("images", []), row["choices"] or None
     return Prompt(row["prompt_id"], messages, images, row["gold"], choices)
@@ -299,20 +303,22 @@ def make_trainer(arguments: Arguments, config: NPOConfig) -> NPOTrainer:
     prompts, _ = load_prompts(ours)
     rows = range(len(prompts))[: arguments.guide_prompts or None]
     processor = load_processor(ours.model_path)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
+    model = auto_class(config_of(ours.model_path)).from_pretrained(
         ours.model_path,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         trust_remote_code=False,
     )
-    model.base_model.visual.requires_grad_(False)
-    # a sampled image token breaks the training forward
-    never = {"suppress_tokens": vision_token_ids(model.config)}
-    config.generation_kwargs = never | (config.generation_kwargs or {})
+    sees = isinstance(processor, Processor)
+    if sees:
+        model.base_model.visual.requires_grad_(False)
+        # a sampled image token breaks the training forward
+        never = {"suppress_tokens": vision_token_ids(model.config)}
+        config.generation_kwargs = never | (config.generation_kwargs or {})
     trainer = NPOTrainer(
         model=model,
         args=config,
         reward_funcs=[accuracy, answered],
-        train_dataset=rows_of([prompts[row] for row in rows]),
+        train_dataset=rows_of([prompts[row] for row in rows], for_text_model=not sees),
         processing_class=processor,
     )
     if arguments.guide:

@@ -19,9 +19,7 @@ from experiments import sections
 from experiments.method_figure import method_figure
 from experiments.results import (
     PAPER_SPEED,
-    T_975,
     Result,
-    bounds,
     interval,
     paired,
     results,
@@ -31,6 +29,7 @@ from experiments.results import (
 from experiments.runs import HERE, ROOT, SCOUT, STEPS, WINDOW
 from experiments.sections import table
 from plumbing.figures import draw_law
+from plumbing.metrics import T_975, bounds
 from plumbing.report import first_reach
 
 DOCS = ROOT / "docs"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from plumbing import Unusable, UsageError
 from plumbing.encode import (
     MAX_IMAGES,
+    first_line,
     image_parts,
     is_lfs_pointer,
     load_tokenizer,
@@ -143,8 +144,8 @@ def world_prompts(name: str, borrows: int, split: str, count: int | None = None)
 
 def dataset_prompts(
     dataset: str, columns: str, instruction: str, eval_prompts: int, max_tokens: int, parts: tuple
-) -> tuple[PromptSet, PromptSet]:
-    """The training prompts of a data set, and its last `eval_prompts` rows, held out.
+) -> tuple[PromptSet, ...]:
+    """The training prompts of a data set, and its last `eval_prompts` rows, held out, if any.
 
     Args:
         columns, instruction: as in --columns and --instruction.
@@ -180,7 +181,8 @@ def dataset_prompts(
         return check_row(row, names, folder, instruction, kind, max_tokens, parts)
 
     sets, keys = [], []
-    for name, rows in (("training", range(cut)), ("held-out", range(cut, len(data)))):
+    spans = [("training", range(cut)), ("held-out", range(cut, len(data)))]
+    for name, rows in spans if eval_prompts else spans[:1]:
         some = data.select(rows)
         kept, dropped, found = check_rows(f"{dataset}, {name}", zip(rows, some), check)
         told = [instruction] if instruction != BOXED else []  # other words, another prompt
@@ -190,7 +192,7 @@ def dataset_prompts(
         sets.append(PromptSet(id, data, make, kept, dropped, content=content))
         keys.append(found)
     trained = set(keys[0])
-    if same := sum(key in trained for key in keys[1]):
+    if same := sum(key in trained for some in keys[1:] for key in some):
         by = "by text, gold and pictures"
         tqdm.write(f"{dataset}: {same} held-out prompts are training prompts, too, {by}")
     return tuple(sets)
@@ -335,7 +337,10 @@ def open_dataset(name: str):
         rows = load_function("--dataset", name)()
         if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
             raise UsageError(f"--dataset {name}: must return a list of dicts, a row each")
-        return datasets.Dataset.from_list(rows)
+        try:
+            return datasets.Dataset.from_list(rows)
+        except Exception as error:  # a column of several kinds
+            raise UsageError(f"--dataset {name}: {first_line(error)}") from error
     kind = FILE_TYPES.get(Path(name).suffix)
     if kind and not Path(name).is_file():
         raise UsageError(f"--dataset {name}: there is no such file")

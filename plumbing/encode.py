@@ -33,7 +33,8 @@ def load_tokenizer(path: str | Path):
         ) from error
     if not tokenizer.chat_template:
         raise UsageError(
-            f"model {path}: no chat template; copy chat_template.jinja of its base model there"
+            f"model {path}: no chat template; put a chat_template.jinja into its folder: its "
+            "instruct model's, or a plain {% for m in messages %}{{ m.content }}{% endfor %}"
         )
     return tokenizer
 
@@ -139,11 +140,14 @@ def encode(prompt: Prompt, tokenizer, image_processor, image_token_id) -> Encode
     return EncodedPrompt(expanded, pixels.pixel_values, pixels.image_grid_thw)
 
 
+def flat(messages: list[dict]) -> list[dict]:
+    """Messages without pictures as the templates of text models take them: texts, not parts."""
+    return [m | {"content": "".join(p["text"] for p in m["content"])} for m in messages]
+
+
 def rendered(messages: list[dict], tokenizer, image_token_id: int | None) -> str:
     """The prompt as text, through the chat template; an image is one token yet."""
-    asked = messages
-    if image_token_id is None:  # the templates of text models take texts, not parts
-        asked = [m | {"content": "".join(p["text"] for p in m["content"])} for m in messages]
+    asked = flat(messages) if image_token_id is None else messages
     try:
         shown = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:

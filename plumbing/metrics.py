@@ -36,7 +36,8 @@ class UpdateStats:
     def end_step(self, grad_norm: torch.Tensor) -> None:
         """One optimizer step; FloatingPointError before it is taken with a number that is none."""
         if not torch.tensor([self.loss, grad_norm]).isfinite().all():
-            raise FloatingPointError(f"loss is {self.loss}, gradient norm {grad_norm.item()}")
+            found = f"loss is {self.loss}, gradient norm {grad_norm.item()}"
+            raise FloatingPointError(f"{found}; a lower --lr or --max-grad-norm helps")
         self.losses.append(self.loss)
         self.grad_norms.append(grad_norm.item())
         self.loss = 0.0

@@ -219,11 +219,9 @@ class Run:
         self.curve.close(failed=kind is not None)
         done = checkpoints(self.out)
         kept, now = str(done[-1]) if done else "none yet (the run starts over)", self.step + 1
-        if kind is FloatingPointError:
-            raise UsageError(
-                f"step {now}: {error}; stopped. The last checkpoint is {kept}; where numbers "
-                "grew too large, a lower --lr or --max-grad-norm helps"
-            ) from error
+        if kind in (FloatingPointError, UsageError):
+            told = f"step {now}: {error}; stopped. The last checkpoint is {kept}"
+            raise UsageError(told) from error
         if kind is KeyboardInterrupt:
             again = how_to_resume(self.config)
             tqdm.write(f"\ninterrupted in step {now}; {again} resumes from {kept}")

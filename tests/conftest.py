@@ -42,6 +42,11 @@ TEXT_MODELS = {  # name: its class of transformers, and what is its own
     "gemma2": ("Gemma2Config", WINDOW | {"final_logit_softcapping": 1.5}),
     "granite": ("GraniteConfig", {"logits_scaling": 3.0}),
 }
+QUESTIONS = [
+    "Start at 12 and add 8 5 3 9",
+    "4 +8= 3",
+    "27 +8= 35 +5= 40 +9= 49 and add the cards 1 2 3 4 5 6 7",
+]
 # A run of seconds: fields of a configuration, the same as flags, and with fields that let it learn
 SIZES = {
     "prompts_per_step": 2,
@@ -83,6 +88,12 @@ def tiny(tmp_path_factory) -> dict:
 def prompts() -> data.PromptSet:
     """The cards world's training prompts."""
     return data.load_prompts(RunConfig())[0]
+
+
+def in_words(text: str) -> Prompt:
+    """A prompt without a picture."""
+    parts = [{"type": "text", "text": text}, {"type": "text", "text": "\nBox it."}]
+    return Prompt(text, [{"role": "user", "content": parts}], [], "7")
 
 
 @pytest.fixture(scope="session")

@@ -455,7 +455,7 @@ def test_rlep_counts_no_more_and_no_less_than_the_fresh_answers(short, tmp_path,
     rlep.train(config, tmp_path / "run")
     assert [len(group.completions) for group in seen] == [5] * 4
     sources = [[c.source for c in group.completions] for group in seen]
-    assert ["policy"] * 4 + ["guide@0"] in sources  # G fresh ones and one replay
+    assert ["policy"] * 4 + ["guide"] in sources  # G fresh ones and one replay
     every = [c for group in seen for c in group.completions]
     fresh = sum(len(c.token_ids) for c in every if c.source == "policy")
     before, after = read_jsonl(tmp_path / "run/metrics.jsonl")

@@ -226,7 +226,7 @@ def evaluated_world(world: str, labels_of, hands, out) -> None:
     for hand in hands:
         for label in labels_of(hand):
             expected.setdefault(label, []).append(hand)
-    assert table[0] == f"| {world} | hands | avg@1, % |" and len(table) == 2 + len(expected)
+    assert table[0] == f"| {world} | prompts | avg@1, % |" and len(table) == 2 + len(expected)
     for label, some in expected.items():
         right = 100 * statistics.fmean(hand.total % 2 == 0 for hand in some)
         start = f"| {label} | {len(some)} | {right:.2f}"
@@ -254,12 +254,34 @@ def test_the_staircase_by_borrows_too(tmp_path, monkeypatch):
         hands,
         tmp_path,
     )
-    table = evaluate.world_table("staircase", 1, [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    config = EvaluateConfig(model="staircase", borrows=1, samples=2)
+    table = evaluate.own_table("staircase", config, [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     assert "| 1 borrows | 1 | 0.00 | 0.00 |" in table  # the second of the prompts with one borrow
     assert "| 0 borrows | 2 | 75.00 ± 49.00 | 100.00 |" in table
 
 
-KNOWN = "known: cards, cards_lax, staircase, mmmu_pro, mathvista, .*, mathverse$"
+def test_data_of_ones_own_through_a_text_model(tmp_path, folder):
+    """All rows, those that cannot be asked left out; the picture of another row is no prompt."""
+    rows = [{"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(5)]
+    rows.append({"problem": "", "answer": 1})
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"model": str(folder("qwen3")), "out": str(tmp_path / "out"), "max_new_tokens": 5}
+    own = EvaluateConfig(benchmarks=str(path), samples=2, instruction="Box it.", **flags)
+    evaluate.main(own)
+    _, *lines = read_jsonl(tmp_path / "out/predictions.jsonl")
+    assert [line["gold"] for line in lines] == ["1", "2", "3", "4", "5"]
+    table = (tmp_path / "out/table.md").read_text().splitlines()
+    assert table[0].endswith("sums.jsonl | prompts | avg@2, % | pass@2, % |")
+    assert table[2] == "| all | 5 | 0.00 ± 0.00 | 0.00 |"
+    own.instruction = ""
+    with pytest.raises(UsageError, match="another data set for .*sums.jsonl"):
+        evaluate.main(own)
+    with pytest.raises(UsageError, match="--benchmarks mmstar: asks about pictures, and .* text"):
+        evaluate.main(EvaluateConfig(benchmarks="mmstar", **flags))
+
+
+KNOWN = "known: cards, cards_lax, staircase, mmmu_pro, .*, a data file, a folder, and FILE.py:NAME$"
 
 
 @pytest.mark.parametrize(

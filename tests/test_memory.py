@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3VLConfig
+from transformers import Qwen3VLConfig, T5Config
 
 from grpo import GRPOConfig
 from plumbing import UsageError, memory
@@ -74,7 +74,7 @@ def test_what_a_dry_run_prints(tmp_path, capsys):
 
 
 def test_models_that_cannot_be_counted(tmp_path):
-    Qwen3Config(num_hidden_layers=1).save_pretrained(tmp_path)
+    T5Config(num_layers=1).save_pretrained(tmp_path)
     for path in ("nobody/knows", str(tmp_path)):
         with pytest.raises(UsageError, match=f"^model {path}: cannot be loaded") as error:
             memory.counted(GRPOConfig(model=path), torch.bfloat16)

@@ -327,8 +327,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("chat_template.jinja", None, "no chat template; copy chat_template.jinja of its base"),
-        ("chat_template.jinja", "", "no chat template; copy chat_template.jinja of its base"),
+        ("chat_template.jinja", None, "no chat template; put a chat_template.jinja into"),
+        ("chat_template.jinja", "", "no chat template; put a chat_template.jinja into"),
         ("tokenizer.json", None, "no tokenizer; copy tokenizer_config.json and tokenizer.json"),
         ("tokenizer_config.json", None, "no tokenizer; copy tokenizer_config.json and"),
         ("tokenizer.json", "{}", "its tokenizer cannot be loaded ('added_tokens')"),

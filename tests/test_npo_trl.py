@@ -1,6 +1,7 @@
 """The slot inside TRL: npo.py's loss, plain TRL without guides, several processes, resuming."""
 
 import copy
+import json
 import os
 import sys
 import zlib
@@ -15,14 +16,15 @@ from safetensors.torch import load_file
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
 import trl
-from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers import TrainerCallback
 
 import grpo
 import npo
 from commands import npo_trl
 from commands.npo_trl import NO_END, NPOConfig, NPOTrainer, load_processor, rows_of
+from plumbing.encode import config_of
 from plumbing.guide_cache import GuideCache
-from plumbing.model import Policy
+from plumbing.model import Policy, auto_class
 from plumbing.rollout import Completion, Group, Prompt
 from worlds import cards
 
@@ -80,15 +82,18 @@ def guides_for(policy: Policy, some: list[Prompt]) -> GuideCache:
     return GuideCache(answers, NO_END)
 
 
-def trainer_of(kind, out, some: list[Prompt], reward=lucky, callbacks=None, guides=None, **flags):
-    model = AutoModelForImageTextToText.from_pretrained(cards.BASE, dtype=torch.float32)
-    model.base_model.visual.requires_grad_(False)
+def trainer_of(
+    kind, out, some, reward=lucky, callbacks=None, guides=None, path=cards.BASE, **flags
+):
+    model = auto_class(config_of(path)).from_pretrained(path, dtype=torch.float32)
+    if path == cards.BASE:
+        model.base_model.visual.requires_grad_(False)
     return kind(
         model=model,
         args=NPOConfig(output_dir=str(out), **FLAGS | flags),
         reward_funcs=[reward],
-        train_dataset=rows_of(some),
-        processing_class=load_processor(cards.BASE),
+        train_dataset=rows_of(some, for_text_model=path != cards.BASE),
+        processing_class=load_processor(path),
         callbacks=callbacks,
         **({"guides": guides} if kind is NPOTrainer else {}),
     )
@@ -110,9 +115,18 @@ def test_loss_and_gradient_of_a_mixed_batch_are_npos(
     mine, some = copy.deepcopy(base), asked(prompts, pictured)
     # TRL's distribution: over the vision tokens, too
     mine.sampling_logprobs = lambda logits, temperature: (logits / temperature).log_softmax(dim=-1)
-    guides = guides_for(another(fresh), some)
-    flags = {"guides": guides, "is_correction": is_correction, "gate": 0.4}
-    trainer = trainer_of(NPOTrainer, tmp_path, some, **flags)
+    flags = {"guides": guides_for(another(fresh), some), "is_correction": is_correction}
+    check_loss_and_gradient(mine, trainer_of(NPOTrainer, tmp_path, some, gate=0.4, **flags), some)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3"])
+def test_of_text_models_too(folder, prompts, tmp_path, name):
+    mine, some = Policy(folder(name)), asked(prompts, False)
+    flags = {"guides": guides_for(another(Policy(folder(name))), some), "path": folder(name)}
+    check_loss_and_gradient(mine, trainer_of(NPOTrainer, tmp_path, some, gate=0.4, **flags), some)
+
+
+def check_loss_and_gradient(mine: Policy, trainer: NPOTrainer, some: list[Prompt]) -> None:
     trainer.current_gradient_accumulation_steps = 1
     batch = batch_of(trainer, 0, 1)
     assert 0 < len(trainer._taken) < 3 and all(row % 4 == 3 for row in trainer._taken)
@@ -126,7 +140,7 @@ def test_loss_and_gradient_of_a_mixed_batch_are_npos(
     old = logprobs.detach().clone()
     for row, guide in trainer._taken.items():
         assert answers[row] == guide.token_ids
-        if is_correction:
+        if trainer.args.is_correction:
             old[row, : len(guide.token_ids)] = torch.tensor(guide.behavior_logprobs)
     loss, _ = grpo.clipped_policy_loss(logprobs, old, batch["advantages"], mask)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, mine.parameters())])
@@ -302,6 +316,16 @@ def test_the_command_builds_the_cache_trains_and_goes_on(command, monkeypatch, c
     main(monkeypatch, *flags, "--guide", str(cache), "--max_steps", "4", "--guided_until", "3")
     assert capsys.readouterr().out.count("'npo/guide_frac'") == 1  # of steps 3 and 4
     assert (tmp_path / "checkpoint-4/model.safetensors").is_file()
+
+
+def test_the_command_takes_a_text_model(monkeypatch, folder, tmp_path):
+    path = tmp_path / "sums.jsonl"
+    rows = [{"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = words(tmp_path / "out", guide_prompts=8, max_completion_length=8)
+    flags += ["--model", str(folder("gemma3")), "--guide", str(folder("gemma3"))]
+    main(monkeypatch, *flags, "--dataset", str(path))
+    Policy(tmp_path / "out/checkpoint-2")
 
 
 @pytest.mark.parametrize(

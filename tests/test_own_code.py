@@ -24,7 +24,7 @@ def scaled(prompt, completion):
     return SCALE * completion.accuracy - 0.5
 
 def infinite(prompt, completion):
-    return 1 / 0 if completion.accuracy else float("inf")
+    return float("inf")
 
 def three(prompt, completion, more):
     return 0.0
@@ -77,7 +77,7 @@ def test_what_is_no_reward_is_told_in_one_line(rewards, tmp_path, spec, message)
 
 def test_a_reward_that_is_not_finite_stops_the_run(rewards, tmp_path):
     config = GRPOConfig(out=str(tmp_path / "run"), reward=f"{rewards}:infinite", **CONFIG)
-    with pytest.raises((UsageError, ZeroDivisionError), match="the reward is inf|division by zero"):
+    with pytest.raises(UsageError, match="the reward is inf; it must be a finite number"):
         grpo.train(config, config.out)
 
 

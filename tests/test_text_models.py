@@ -1,30 +1,27 @@
 """Text models go through the same files: tiny random ones, checked against plain transformers."""
 
 import json
+import re
 
 import pytest
 import torch
-from conftest import SIZES, cards_file, lucky
+from conftest import QUESTIONS, SIZES, cards_file, in_words, lucky
 from test_autonpo import EAGER, SMALL_CONSTANTS, contents
 from transformers import AutoModelForCausalLM
 
 import autonpo
 import npo
 from autonpo import AutoNPOConfig
+from commands import exgrpo, luffy, rlep
 from npo import NPOConfig
 from plumbing import UsageError, memory
 from plumbing.checkpoints import checkpoint_path
 from plumbing.data import load_prompts
+from plumbing.encode import load_tokenizer, rendered
 from plumbing.lora import merged_weights
 from plumbing.model import Policy
-from plumbing.rollout import Prompt
 from plumbing.run import read_jsonl
 
-QUESTIONS = [
-    "Start at 12 and add 8 5 3 9",
-    "4 +8= 3",
-    "27 +8= 35 +5= 40 +9= 49 and add the cards 1 2 3 4 5 6 7",
-]
 SMALL = SIZES | {"eval_samples": 1, "max_new_tokens": 12, "lr": 1e-3}
 
 
@@ -37,17 +34,12 @@ def questions(tmp_path_factory):
     return path
 
 
-def asked(text: str) -> Prompt:
-    parts = [{"type": "text", "text": text}, {"type": "text", "text": "\nBox it."}]
-    return Prompt(text, [{"role": "user", "content": parts}], [], "7")
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3", "gemma2"])
 def test_sampler_and_trainer_agree_and_gradients_are_as_one_at_a_time(folder, name, recompute):
     """Uneven prompts, padded on the left, and uneven answers; Gemma's window is 8 tokens."""
     policy = Policy(folder(name), recompute_layers=recompute)
-    groups = policy.sample([asked(text) for text in QUESTIONS], 3, 20, 0.9, seed=4)
+    groups = policy.sample([in_words(text) for text in QUESTIONS], 3, 20, 0.9, seed=4)
     rows = [(group.encoded, c.token_ids) for group in groups for c in group.completions]
     assert len({len(ids) for _, ids in rows}) > 2
     logprobs, mask = policy.logprobs(rows, 0.9)
@@ -98,6 +90,40 @@ def test_pictures_are_refused_in_one_line(folder, tmp_path):
     )
     with pytest.raises(UsageError, match="3 dropped: a picture, which a text model cannot read"):
         load_prompts(config)
+
+
+BASELINES = [
+    (luffy, luffy.LUFFYConfig, {"guide_samples": 1}),
+    (exgrpo, exgrpo.ExGRPOConfig, {"start_accuracy": 0.0}),
+    (rlep, rlep.RLEPConfig, {"guide_samples": 4, "min_correct": 1}),
+]
+
+
+@pytest.mark.parametrize(("command", "config_of", "more"), BASELINES)
+def test_the_baselines_train_them(folder, questions, tmp_path, command, config_of, more):
+    more = more if command is exgrpo else more | {"guide": str(folder("qwen3"))}
+    config = config_of(
+        model=str(folder("qwen3")),
+        dataset=str(questions),
+        out=str(tmp_path / "out"),
+        **SMALL | more,
+    )
+    run(command.main, config, 3)
+    lines = read_jsonl(tmp_path / "out/metrics.jsonl")
+    assert sum(line.get("grad_norm", 0) > 0 for line in lines) >= 2
+    assert any(line.get("npo/guide_frac") for line in lines)
+
+
+def test_a_template_for_a_base_model(folder, tmp_path):
+    """The plain one of the message about a missing template."""
+    tokenizer = load_tokenizer(folder("llama"))
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="no chat template") as told:
+        load_tokenizer(tmp_path)
+    plain = re.search(r"a plain (.+)", str(told.value))[1]
+    (tmp_path / "chat_template.jinja").write_text(plain)
+    assert rendered(in_words("4 +8=").messages, load_tokenizer(tmp_path), None) == "4 +8=\nBox it."
 
 
 def run(method, config, steps: int) -> None:

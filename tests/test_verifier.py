@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import verifier
-from plumbing import sympy_process
+from plumbing import UsageError, sympy_process
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
 from plumbing.sympy_process import TooDear
 from verifier import extract_answer, is_correct
@@ -257,16 +257,16 @@ def test_an_edited_reward_sees_the_prompt_and_the_completion(monkeypatch):
     assert [c.reward for c in group.completions] == [1 - 2.5, 0.5 - 3.25, -2.5]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None, "1"])
 def test_a_reward_that_is_not_finite_is_an_error(monkeypatch, value):
     monkeypatch.setattr(verifier, "reward", lambda prompt, completion: value)
-    with pytest.raises(FloatingPointError, match=f"prompt p7: the reward is {value}"):
+    with pytest.raises(UsageError, match=f"prompt p7: the reward is {value!r}; it must be a fin"):
         verifier.score([group_of(r"\boxed{0}")])
 
 
 def test_an_accuracy_between_right_and_wrong_is_an_error(monkeypatch):
     monkeypatch.setattr(verifier, "is_correct", lambda response, gold, choices: 0.75)
-    with pytest.raises(ValueError, match="prompt p7: accuracy is 0.75; partial credit belongs"):
+    with pytest.raises(UsageError, match="prompt p7: accuracy is 0.75; partial credit belongs"):
         verifier.score([group_of(r"\boxed{0}")])
 
 

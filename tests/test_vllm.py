@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm", reason="pip install -r requirements-gpu.txt")
 
-from conftest import SMALL, cards_file, save
+from conftest import QUESTIONS, SMALL, cards_file, in_words, save
 from test_benchmarks import load
 
 import verifier
@@ -178,6 +178,18 @@ def test_three_syncs(sampler, saved, prompts, lora):
         assert now() > 1e-2  # it has the old ones
         sampler.sync(policy, prompts[:2], 1.3)
         assert now() < 1e-4 and sampler.difference < 1e-4
+
+
+@pytest.mark.parametrize(("name", "lora"), [("qwen3", 4), ("llama", 0), ("gemma3", 0)])
+def test_text_models(folder, name, lora):
+    """Uneven prompts; before and after a sync."""
+    policy, some = Policy(folder(name), lora=lora), [in_words(text) for text in QUESTIONS]
+    sampler = VLLMSampler(folder(name), max_new_tokens=20)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
+    perturb(policy, 2)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) > 1e-2
+    sampler.sync(policy, some[:2], 1.3)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
 
 
 @pytest.mark.parametrize(
