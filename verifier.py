@@ -46,7 +46,8 @@ def reward(prompt, completion) -> float:
     It may look at prompt.gold, prompt.choices (None if the answer is free), completion.text,
     .token_ids, .answer (None if there is none, or it was cut off) and .accuracy (0.0 or 1.0), both
     already set. Partial credit or a length penalty goes here. Accuracy stays a fact about the
-    answer: slot replacement and every reported accuracy look at it and never at the reward.
+    answer: slot replacement and every reported accuracy look at it and never at the reward. Where
+    another scorer is the judge, set completion.accuracy here, to 0.0 or 1.0.
     """
     return ACCURACY_WEIGHT * completion.accuracy + FORMAT_WEIGHT * (completion.answer is not None)
 
@@ -57,8 +58,7 @@ def score(groups) -> None:
     Short answers are judged first: which ones are too dear depends neither on the order of sampling
     nor, as remembered verdicts count, on what was judged before.
 
-    Raises UsageError if a reward is no finite number, or an edited `is_correct` gives anything but
-    right or wrong.
+    Raises UsageError if a reward is no finite number, or an accuracy is neither right nor wrong.
     """
     left = DEAR_PER_STEP
     for group in groups:
@@ -69,9 +69,6 @@ def score(groups) -> None:
             asked, dear = (completion.text, prompt.gold, prompt.choices), SYMPY.too_dear
             completion.accuracy = float(completion.finished and is_correct(*asked))
             completion.too_dear = SYMPY.too_dear > dear
-            if completion.accuracy not in (0, 1):  # a guide cache would silently drop 0.9
-                problem = f"accuracy is {completion.accuracy}; partial credit belongs in `reward`"
-                raise UsageError(f"prompt {prompt.id}: {problem}")
             set_reward(prompt, completion)
         left -= allowed - SYMPY.left
     SYMPY.left = math.inf
@@ -80,6 +77,9 @@ def score(groups) -> None:
 def set_reward(prompt, completion) -> None:
     """Sets `reward` of a completion whose accuracy is known; a guide's when it takes a slot."""
     value = reward(prompt, completion)
+    if completion.accuracy not in (0, 1):  # a guide cache would silently drop 0.9
+        problem = f"accuracy is {completion.accuracy}; partial credit belongs in `reward`"
+        raise UsageError(f"prompt {prompt.id}: {problem}")
     if not isinstance(value, SupportsFloat) or not math.isfinite(value):
         problem = f"the reward is {value!r}; it must be a finite number"
         raise UsageError(f"prompt {prompt.id}: {problem}")

@@ -1,12 +1,13 @@
-"""Two speeds, on one CPU thread. What is compared takes turns in one run; medians are printed.
+"""Three speeds, on one CPU thread. What is compared takes turns in one run; medians are printed.
 
     pip install -r requirements.txt -r requirements-trl.txt
-    python -m experiments.speed          # both, some minutes
-    python -m experiments.speed step     # or guided
+    python -m experiments.speed          # all, some minutes
+    python -m experiments.speed step     # or guided, recorded
 
 step     a GRPO step of ours against one of TRL's GRPOTrainer: the same tiny Qwen3-VL and text
          prompts (the cards written out), 8 prompts x 8 slots x 16 tokens, every group with signal
 guided   a step with a guide's answer in every group against one without, 16 prompts of the cards
+recorded a step whose 8 x 8 answers are written to rollouts/ against one that writes none
 """
 
 import importlib.util
@@ -23,6 +24,7 @@ from grpo import GRPOConfig, update
 from npo import replace_slot
 from plumbing.data import load_prompts, open_dataset
 from plumbing.model import Policy
+from plumbing.record import rollout_rows, write_rollouts
 from plumbing.rollout import Group, Prompt
 from worlds import cards
 
@@ -128,13 +130,30 @@ def guided() -> str:
     return compared("guided", with_guides[2:], "plain", plain[2:])
 
 
+def recorded() -> str:
+    config = GRPOConfig(device="cpu")
+    prompts = [load_prompts(config)[0][row] for row in range(8)]
+    policy = Policy(cards.BASE, "cpu")
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6)
+    without, written = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rollouts" / "step.parquet"
+        for number in range(2 * ROUNDS * STEPS):
+            took, groups = our_step(policy, optimizer, prompts, config, number // 2)
+            began = time.perf_counter()
+            if number % 2:
+                write_rollouts(path, rollout_rows(number, groups, groups))
+            (written if number % 2 else without).append(took + time.perf_counter() - began)
+    return compared("written", written[2:], "none", without[2:])
+
+
 def compared(name: str, seconds: list[float], other_name: str, other: list[float]) -> str:
     mine, theirs = statistics.median(seconds), statistics.median(other)
     return f"{name} {mine:.3f} s, {other_name} {theirs:.3f} s, ratio {mine / theirs:.2f}"
 
 
 def main() -> None:
-    parts = {"step": step, "guided": guided}
+    parts = {"step": step, "guided": guided, "recorded": recorded}
     chosen = sys.argv[1:] or list(parts)
     if unknown := set(chosen) - set(parts):
         raise SystemExit(f"error: {', '.join(unknown)}: choose from {', '.join(parts)}")

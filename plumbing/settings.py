@@ -103,7 +103,7 @@ class ModelConfig:
 @dataclass
 class RunConfig(ModelConfig):
     # Run
-    dataset: str | None = None  # world, hub id, file, folder [the model's, else hiyouga/geometry3k]
+    dataset: str | None = None  # world, hub id, file, folder, my.py:rows [the model's; geometry3k]
     columns: str = ""  # prompt=problem,images=images,answer=answer,choices= [known or these]
     instruction: str = BOXED  # what every question ends with; the worlds have none
     reward: str | None = None  # my_file.py:function(prompt, completion) [verifier.reward]

@@ -270,6 +270,17 @@ def test_an_accuracy_between_right_and_wrong_is_an_error(monkeypatch):
         verifier.score([group_of(r"\boxed{0}")])
 
 
+def test_a_reward_may_judge_by_a_scorer_of_its_own(monkeypatch):
+    def judged(prompt, completion):
+        completion.accuracy = float(completion.answer == "7")
+        return 2.0 * completion.accuracy - 0.5
+
+    monkeypatch.setattr(verifier, "reward", judged)
+    group = group_of(r"\boxed{0}", r"\boxed{7}")  # its gold is 0
+    verifier.score([group])
+    assert [(c.accuracy, c.reward) for c in group.completions] == [(0.0, -0.5), (1.0, 1.5)]
+
+
 PUBLIC = {
     verifier.reward: ["prompt", "completion"],
     verifier.score: ["groups"],
