@@ -79,7 +79,7 @@ class NPOConfig(GuidedConfig):
     scout_steps: int = 40  # early, early+late: steps ahead; not in our sources
     plateau_start: int = 240  # late, early+late: step to go back to; not in our sources
     plateau_end: int = 320  # late, early+late: last step of the scout; not in our sources
-    guide: str | None = None  # no scout: a checkpoint (late: of a run), a guide.jsonl, or self
+    guide: str | None = None  # no scout: checkpoint (late: of a run), guide.jsonl, run, texts, self
     guided_until: int | None = None  # last guided step [the guide's own; --steps if it has none]
 
     def __post_init__(self):
