@@ -46,8 +46,8 @@ from plumbing.guide_cache import (
     GuideCache,
     build_guide_cache,
     guide_of_texts,
+    kind_of_guide,
     load_guide_cache,
-    told,
 )
 from plumbing.report import report
 from plumbing.rollout import Completion, Group
@@ -192,7 +192,7 @@ def go_ahead(config: NPOConfig, out: Path) -> str:
 
 def ask_guide(config: NPOConfig, guide: str, first_step: int, path: Path) -> GuideCache:
     """The guide's answers to the prompts of the steps that it guides."""
-    kind, source = told(guide)
+    kind, source = kind_of_guide(guide)
     until, prompts = config.guided_until or config.steps, load_prompts(config)[0]
     if kind == "cache":
         cache = load_guide_cache(source, config, config.guided_until, config.is_correction)

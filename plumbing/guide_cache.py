@@ -72,7 +72,7 @@ class GuideCache:
         )
 
 
-def told(guide: str) -> tuple[str, Path]:
+def kind_of_guide(guide: str) -> tuple[str, Path]:
     """What --guide names, by its content: "checkpoint", "cache" or "texts", and where that is.
 
     Raises:

@@ -12,7 +12,7 @@ from grpo import GRPOConfig
 from npo import NPOConfig
 from plumbing import UsageError, command
 from plumbing.data import load_prompts
-from plumbing.guide_cache import guide_of_texts, told
+from plumbing.guide_cache import guide_of_texts, kind_of_guide
 from plumbing.own_code import load_function
 from plumbing.run import read_jsonl
 from worlds import cards
@@ -114,7 +114,7 @@ def test_texts_guide_where_they_are_right(tmp_path):
     lines += [{"row": 99_999, "text": right[0]}, {"prompt_id": id, "text": right[3]}]
     lines += [{"row": 0, "text": f"so {right[0]}"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert told(str(path)) == ("texts", path)
+    assert kind_of_guide(str(path)) == ("texts", path)
     cache = guide_of_texts(path, config, until=7)
     assert {id.rpartition(":")[2]: len(found) for id, found in cache.answers.items()} == {
         "0": 2,
@@ -129,18 +129,22 @@ def test_texts_guide_where_they_are_right(tmp_path):
 
 
 def test_a_guide_is_told_by_its_content(tmp_path):
-    assert told(str(cards.TEACHER)) == ("checkpoint", cards.TEACHER)
+    assert kind_of_guide(str(cards.TEACHER)) == ("checkpoint", cards.TEACHER)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text('{"prompts_per_step": 2}')
     with pytest.raises(UsageError, match="is no guide; give self, a checkpoint's folder, the dir"):
-        told(str(run))
+        kind_of_guide(str(run))
     (run / "guide.jsonl").write_text('{"version": 3}\n')
-    assert told(str(run)) == ("cache", run / "guide.jsonl") == told(str(run / "guide.jsonl"))
+    assert (
+        kind_of_guide(str(run))
+        == ("cache", run / "guide.jsonl")
+        == kind_of_guide(str(run / "guide.jsonl"))
+    )
     (tmp_path / "other.jsonl").write_text('{"question": "?"}\n')
     for wrong in ("other.jsonl", "nothere"):
         with pytest.raises(UsageError, match=f"--guide .*{wrong}: is no guide"):
-            told(str(tmp_path / wrong))
+            kind_of_guide(str(tmp_path / wrong))
 
 
 def test_the_code_of_a_run_is_kept_with_it(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,8 @@
 import html
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ import grpo
 from commands import compare_runs, rollouts
 from grpo import GRPOConfig
 from npo import replace_slot
+from plumbing.command import stored_config
 from plumbing.encode import load_tokenizer
 from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, write_rollouts
 from plumbing.rollout import Completion
@@ -113,6 +116,46 @@ def test_what_a_model_says_is_text():
     shown = re.findall(r'<span title="([^"]*)"[^>]*>([^<]*)</span>', page)
     assert "".join(html.unescape(text) for _, text in shown) == "27 +8= 35"
     assert shown[0][0] == "log-prob -0.500, ratio 0.500"
+
+
+LOOK = """
+import json, os, sys
+os.environ["QT_QPA_PLATFORM"] = "offscreen"
+os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = "--no-sandbox --disable-gpu"
+from PyQt6.QtCore import QUrl
+from PyQt6.QtWebEngineWidgets import QWebEngineView
+from PyQt6.QtWidgets import QApplication
+app, view = QApplication(sys.argv[:1]), None
+view = QWebEngineView()
+view.resize(375, 700)
+def told(found):
+    print(found)
+    app.quit()
+SEEN = "JSON.stringify([document.title, document.querySelectorAll('section').length, "
+SEEN += "document.images[0].naturalWidth, document.documentElement.scrollWidth, "
+SEEN += "document.scripts.length, document.querySelector('span').title])"
+view.loadFinished.connect(lambda _: view.page().runJavaScript(SEEN, told))
+view.load(QUrl.fromLocalFile(sys.argv[1]))
+view.show()
+app.exec()
+"""
+
+
+def test_a_browser_on_a_phone_shows_it(run):
+    """Its width is 375 points; nothing is wider, and the title is text."""
+    pytest.importorskip("PyQt6.QtWebEngineWidgets", reason="pip install PyQt6-WebEngine")
+    path = rollouts_path(run, 2)
+    rows = parquet.read_table(path).to_pylist()
+    rows[0]["prompt"] = "<script>document.title = 'stolen'</script>" + "wide" * 200
+    prompts = rollouts.prompts_of(stored_config(run), {row["prompt_id"] for row in rows})
+    page = rollouts.page(rows, prompts, load_tokenizer(cards.BASE), "<b>step</b> 2")
+    (run / "evil.html").write_text(page)
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, run / "evil.html"], capture_output=True, text=True, timeout=120
+    )
+    title, sections, picture, width, scripts, hover = json.loads(done.stdout)
+    assert (title, sections, scripts) == ("<b>step</b> 2", 4, 0)
+    assert width <= 375 and picture > 100 and hover.startswith("log-prob ")
 
 
 def lines_of(out, values: dict[int, float], **config) -> None:
