@@ -43,7 +43,7 @@ from tqdm import tqdm
 import verifier
 from grpo import update
 from npo import GuidedConfig, replace_slot
-from plumbing.checkpoints import checked, checkpoint_path, checkpoint_state, checkpoints, step_of
+from plumbing.checkpoints import checkpoint_path, checkpoint_state, checkpoints, step_of
 from plumbing.command import command_line
 from plumbing.guide_cache import GuideCache, build_guide_cache, load_guide_cache
 from plumbing.metrics import answer_metrics
@@ -166,11 +166,14 @@ class Memory:
         pool, monitor = list(self.pool.failed_at.items()), asdict(self.monitor)
         return {"pool": pool, "monitor": monitor, "guided_until": self.cache.until}
 
-    def observe(self, step: int, rows: list[int], groups: list[Group], config) -> dict:
-        """Takes in a step; returns what is logged of it."""
-        rates = {row: group.pass_rate for row, group in zip(rows, groups)}
+    def observe(self, step: int, rates: dict[int, float], own: dict, config) -> dict:
+        """Takes in a step; returns what is logged of it.
+
+        Args:
+            rates: the pass-rate of each row that the step asked.
+            own: {"reward", "entropy"}, means over the policy's own answers.
+        """
         self.pool.observe(step, rates, config)
-        own = answer_metrics(groups)
         self.monitor.observe(step, own["reward"], own["entropy"], config)
         return {
             "autonpo/reward": self.monitor.reward,
@@ -196,9 +199,8 @@ def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> in
 
 
 @torch.no_grad()
-def token_kl(groups: list[Group], old_path: Path, config: AutoNPOConfig) -> float:
+def token_kl(groups: list[Group], old: Policy, config: AutoNPOConfig) -> float:
     """Mean per-token KL(pi(t) || old) in nats, over tokens that pi(t) sampled."""
-    old = Policy(checked(old_path), config.device, config.dtype)
     rows, total = [(group.encoded, c) for group in groups for c in group.completions], 0.0
     for some in batched(rows, config.micro_batch_size):
         asked = [(encoded, c.token_ids) for encoded, c in some]
@@ -260,7 +262,8 @@ def decide(run: Run, pool: MistakePool, reason: str, config: AutoNPOConfig) -> D
         regular = regular or step_of(path) == run.start_step
         if regular and 0 < distance <= config.max_distance and len(of_slice) >= MIN_SLICE:
             quality[distance] = q = statistics.fmean(of_slice)
-            variance[distance] = v = math.exp(token_kl(list(groups.values()), path, config))
+            drift = token_kl(list(groups.values()), run.policy_at(path), config)
+            variance[distance] = v = math.exp(drift)
             row = {"distance": distance, "prompts": len(of_slice), "quality": q, "variance": v}
             made.table.append(row | {"signal": signal(q, v)})
     made.distance = select_rollback(quality, variance)
@@ -283,7 +286,8 @@ def intervene(run: Run, memory: Memory, reason: str, config: AutoNPOConfig) -> M
     if made.distance:
         rows, guide = memory.pool.since(step_of(start)), checkpoint_path(run.out, now)
         path = cache_path(run.out, now)
-        build_guide_cache(path, config, guide, rows, now, config.slots, run.sampler)
+        sampler, processes = run.sampler, run.processes
+        build_guide_cache(path, config, guide, rows, now, config.slots, sampler, processes)
         cache = load_guide_cache(path, config)
         run.sampled_tokens += cache.sampled_tokens
         answered = f"{len(cache.answers)} of {len(rows)} mistakes"
@@ -318,7 +322,8 @@ def train(config: AutoNPOConfig, out: Path) -> None:
             guides = [cache.answers_to(group.prompt, step, slots) for group in groups]
             mixed = [replace_slot(g, guide, config.gate) for g, guide in zip(groups, guides)]
             stats = update(run.policy, run.optimizer, mixed, config)
-            stats |= memory.observe(step, run.rows(step), groups, config)
+            rates = {row: group.pass_rate for row, group in zip(run.rows(step), groups)}
+            stats |= memory.observe(step, rates, answer_metrics(groups), config)
             run.memory = memory.stored()
             run.end_step(step, groups, stats, mixed if step <= memory.cache.until else None)
 

@@ -190,8 +190,13 @@ def go_ahead(config: NPOConfig, out: Path) -> str:
     return str(checkpoint_path(out, steps))
 
 
-def ask_guide(config: NPOConfig, guide: str, first_step: int, path: Path) -> GuideCache:
-    """The guide's answers to the prompts of the steps that it guides."""
+def ask_guide(
+    config: NPOConfig, guide: str, first_step: int, path: Path, sampler=None, processes=None
+) -> GuideCache:
+    """The guide's answers to the prompts of the steps that it guides.
+
+    `sampler` and `processes` are build_guide_cache's.
+    """
     kind, source = kind_of_guide(guide)
     until, prompts = config.guided_until or config.steps, load_prompts(config)[0]
     if kind == "cache":
@@ -209,7 +214,7 @@ def ask_guide(config: NPOConfig, guide: str, first_step: int, path: Path) -> Gui
         )
     rows = rows_of_steps(config, first_step, until)
     if kind == "checkpoint":
-        build_guide_cache(path, config, source, rows, until, config.slots)
+        build_guide_cache(path, config, source, rows, until, config.slots, sampler, processes)
         cache = load_guide_cache(path, config, config.guided_until, config.is_correction)
     reach = cache.reach([prompts.id_of(row) for row in rows], first_step, until)
     if config.guide and reach.startswith("0 "):

@@ -122,7 +122,14 @@ def guide_of_texts(path: Path, config, until: int) -> GuideCache:
 
 
 def build_guide_cache(
-    path: Path, config, guide: str | Path, rows: list[int], until: int, keep: int = 1, sampler=None
+    path: Path,
+    config,
+    guide: str | Path,
+    rows: list[int],
+    until: int,
+    keep: int = 1,
+    sampler=None,
+    processes=None,
 ) -> None:
     """Lets the guide answer the prompts in `rows`; a file that a kill cut short is continued.
 
@@ -131,7 +138,10 @@ def build_guide_cache(
         until: the last step that the answers guide.
         keep: how many right answers to a prompt are kept, the first ones sampled.
         sampler: what samples for the guide, if it is loaded already.
+        processes: accelerate's Accelerator, where several processes sample together and call this.
+            All of them see the file; the main one writes it.
     """
+    writes = processes is None or processes.is_main_process
     prompts, _ = load_prompts(config)
     state, own = checkpoint_state(guide), cache_fingerprints(config)
     theirs = tokenizer_fingerprint(load_tokenizer(guide))
@@ -162,20 +172,24 @@ def build_guide_cache(
         return  # it is whole
     size = config.prompts_per_step
     done = (len(lines) - 1) // size * size  # whole batches
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, json_lines(lines[: 1 + done]))
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, json_lines(lines[: 1 + done]))
     if sampler is None:
         sampler = sampler_of(Policy(checked(guide), config.device, config.dtype), config, prompts)
     name = f"guide@{state['step']} answers {config.guide_samples} times"
-    with tqdm(total=len(rows), initial=done, desc=name) as bar:
+    with tqdm(total=len(rows), initial=done, desc=name, disable=not writes) as bar:
         for first in range(done, len(rows), size):
             asked = [prompts[row] for row in rows[first : first + size]]
             seed, count = derived_seed(config.seed, "guide", first), config.guide_samples
             groups = sampler.sample(asked, count, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
             some = zip(rows[first:], groups)
-            append(path, [line_of(row, group, state["step"], keep) for row, group in some])
+            if writes:
+                append(path, [line_of(row, group, state["step"], keep) for row, group in some])
             bar.update(len(groups))
+    if processes:
+        processes.wait_for_everyone()  # until it is written
 
 
 def line_of(row: int, group: Group, guide_step: int, keep: int) -> dict:

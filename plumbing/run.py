@@ -147,6 +147,8 @@ class Run:
         keep_back: checkpoints at most so many steps old stay, whatever --keep says.
     """
 
+    processes = None  # accelerate's, where several processes make a run (commands/npo_trl.py)
+
     def __init__(self, config, out, start: Path | None = None, spent_tokens=0, keep_back=0):
         self.config, self.out, self.keep_back = config, Path(out), keep_back
         open_directory(config, self.out)
@@ -191,6 +193,10 @@ class Run:
         self.sync()
         if self.policy.device.type == "cuda":
             rehearse(self.policy, config)
+
+    def policy_at(self, path: Path) -> Policy:
+        """The policy of an earlier checkpoint, beside the present one."""
+        return Policy(checked(path), self.config.device, self.config.dtype)
 
     def sync(self) -> None:
         """The sampler gets the policy's weights; the policy itself has them anyway."""
@@ -332,11 +338,14 @@ class Run:
     # ------------------------------------------------------------------------------ what is kept
 
     def save(self) -> None:
-        """A checkpoint. Of the older ones, those go that neither --keep nor `keep_back` keeps."""
-        newest, kept = checkpoint_path(self.out, self.step), self._kept_steps()
+        newest = checkpoint_path(self.out, self.step)
         save_checkpoint(self.policy, newest, self._state(), self.optimizer)
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        """Of the older checkpoints, those go that neither --keep nor `keep_back` keeps."""
         for path in checkpoints(self.out):
-            near = step_of(path) >= self.step - self.keep_back
+            near, kept = step_of(path) >= self.step - self.keep_back, self._kept_steps()
             if not (near or "all" in kept or str(step_of(path)) in kept):
                 remove_checkpoint(path)
 

@@ -18,6 +18,7 @@ from plumbing import run as run_module
 from plumbing.checkpoints import checkpoint_path, checkpoints, step_of
 from plumbing.command import flag_comments
 from plumbing.guide_cache import GuideCache
+from plumbing.metrics import answer_metrics
 from plumbing.model import Policy
 from plumbing.run import Run, current_lineage, evaluations, read_jsonl, rows_of_step
 
@@ -211,9 +212,9 @@ def test_token_kl_is_the_mean_over_tokens(fresh, base, prompts, tmp_path):
     expected = sum(terms) / len(terms)
     for size in (3, 100):
         config = AutoNPOConfig(temperature=1.3, micro_batch_size=size)
-        found = autonpo.token_kl(groups, tmp_path / "old", config)
+        found = autonpo.token_kl(groups, Policy(tmp_path / "old"), config)
         assert found == pytest.approx(expected, abs=1e-5) and found > 0.01
-    assert autonpo.token_kl(groups, tmp_path / "same", config) == pytest.approx(0, abs=1e-5)
+    assert autonpo.token_kl(groups, Policy(tmp_path / "same"), config) == pytest.approx(0, abs=1e-5)
 
 
 FAILED = {50: 1, 59: 2, 64: 3, 70: 5, 71: 6}  # row: step
@@ -333,7 +334,8 @@ def test_a_decision_on_the_terminal():
 def test_memory_survives_a_checkpoint(tmp_path):
     config, memory = AutoNPOConfig(), Memory.of({}, tmp_path, AutoNPOConfig())
     groups = [group_of([0.0, 0.0, 1.0, 0.0]), group_of([1.0, 1.0, 0.0, 1.0])]
-    logged = memory.observe(3, [70, 71], groups, config)
+    rates = {row: group.pass_rate for row, group in zip([70, 71], groups)}
+    logged = memory.observe(3, rates, answer_metrics(groups), config)
     assert memory.pool.failed_at == {70: 3}
     assert logged == {
         "autonpo/reward": pytest.approx(0.1 + 0.9 * 0.5),
