@@ -13,15 +13,17 @@ GRPOTrainer, bit for bit.
 import dataclasses
 import inspect
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import transformers
 import trl
 from accelerate.utils import gather_object
 from datasets import Dataset, Image, Sequence
 
 import npo
 import verifier
-from plumbing.encode import flat
+from plumbing.encode import flat, image_parts, load_tokenizer
 from plumbing.guide_cache import GuideCache
 from plumbing.metrics import guide_metrics
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
@@ -105,9 +107,11 @@ class NPOTrainer(trl.GRPOTrainer):
         # rows of this process, which of them the guide has taken, the batch in the loss, its sums
         self._asked, self._taken, self._scored, self._sums = [], {}, None, []
 
+    def _guided(self) -> bool:
+        return bool(self.guides.answers) and self.state.global_step < self.guides.until
+
     def _watching(self) -> bool:
-        guided = self.guides.answers and self.state.global_step < self.guides.until
-        return self.model.training and bool(self.watch or guided)
+        return self.model.training and (self.watch or self._guided())
 
     def log(self, *args, **options) -> None:
         if not self.silent:
@@ -162,7 +166,7 @@ class NPOTrainer(trl.GRPOTrainer):
                 light = dataclasses.replace(group.prompt, messages=[], images=[])
                 begun.append(tuple(dataclasses.replace(g, prompt=light) for g in (group, mixed)))
         self.groups = gather_object(begun)
-        found = guide_metrics(step, [mixed for _, mixed in self.groups])
+        found = guide_metrics(step, [mixed for _, mixed in self.groups]) if self._guided() else {}
         found["accuracy"] = sum(answer.accuracy for answer in batch) / len(batch)
         for name, value in found.items():
             self._metrics["train"][name].append(value)
@@ -284,3 +288,39 @@ def prompt_of(row: dict) -> Prompt:
         messages.append(message | {"content": parts})
     images, choices, working = row.get("images", []), row["choices"] or None, row["working"] or None
     return Prompt(row["prompt_id"], messages, images, row["gold"], choices, working)
+
+
+# ---- What TRL needs of a model, and the rewards -----------------------------------------
+
+
+class Processor(transformers.Qwen3VLProcessor):
+    """Qwen3-VL's own, without the video part. It encodes exactly as `encode.encode` does.
+
+    The video part needs torchvision, and PyPI's does not import beside a CPU build of torch.
+    """
+
+    def __init__(self, image_processor, tokenizer, chat_template=None):
+        template = chat_template or tokenizer.chat_template
+        super().__init__(image_processor, tokenizer, chat_template=template)
+
+    def __call__(self, images=None, text=None, **options):
+        """`images` are TRL's: a list for each prompt, or None where a prompt has no image."""
+        every = [image for of_prompt in images or [] for image in of_prompt or []]
+        return super().__call__(images=every or None, text=text, **options)
+
+
+def load_processor(path: str | Path):
+    """A text model's is its tokenizer."""
+    tokenizer, image_processor = load_tokenizer(path), image_parts(path)[0]
+    tokenizer.padding_side = "left"
+    return Processor(image_processor, tokenizer) if image_processor else tokenizer
+
+
+def accuracy(completions, gold, choices, **_) -> list[float]:
+    texts = [completion[0]["content"] for completion in completions]
+    return [float(verifier.is_correct(*answer)) for answer in zip(texts, gold, choices)]
+
+
+def answered(completions, **_) -> list[float]:
+    """The format reward: there is an answer to extract."""
+    return [float(verifier.extract_answer(c[0]["content"]) is not None) for c in completions]

@@ -1,0 +1,298 @@
+"""NPO and AutoNPO in one TRL command: where it goes, where it goes back to, its resumes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lucky
+from safetensors.torch import load_file
+
+pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
+
+import autonpo
+from commands import npo_trl
+from commands.trl_trainer import NPOTrainer
+from grpo import GRPOConfig
+from plumbing import trl_run
+from plumbing.checkpoints import checkpoint_state, checkpoints, step_of
+from plumbing.data import load_prompts
+from plumbing.guide_cache import load_guide_cache
+from plumbing.model import Policy
+from plumbing.run import current_lineage, read_jsonl, rows_of_step
+from plumbing.settings import RunConfig
+from worlds import cards
+
+FLAGS = {
+    "dataset": "cards",
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 16,
+    "learning_rate": 1e-3,
+    "temperature": 1.7,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "guide_samples": 5,
+}
+EARLY = {"intervention": "early", "scout_steps": 3, "max_steps": 4}
+# Everything is a mistake, nothing is progress, any entropy has fallen: see tests/test_autonpo.py
+AUTO = {
+    "auto": True,
+    "max_steps": 8,
+    "mistake_pass_rate": 0.9,
+    "max_distance": 4,
+    "patience": 1,
+    "min_gain": 5.0,
+    "entropy_drop": 0.0,
+    "probe_prompts": 8,
+    "probe_samples": 2,
+    "confirm_pass_rate": 0.0,
+    "cooldown": 3,
+    "keep": "none",
+}
+
+
+@pytest.fixture
+def run(monkeypatch, tiny):
+    """Runs the command in this process, with a verifier that is easy to please."""
+    monkeypatch.setattr("verifier.is_correct", lucky)
+    monkeypatch.setattr(autonpo, "EMA_STEPS", 2)
+    monkeypatch.setattr(autonpo, "MIN_SLICE", 1)
+
+    def command(out: Path, **flags) -> dict[str, torch.Tensor]:
+        flags = FLAGS | {"model": tiny["model"], "output_dir": out} | flags
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["npo_trl.py", *words])
+        npo_trl.main()
+        return weights(out)
+
+    return command
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(out)[-1] / "model.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def logged(out: Path) -> list[dict]:
+    return read_jsonl(out / "metrics.jsonl")
+
+
+def test_early_is_a_scout_its_answers_and_the_same_steps_again(run, tmp_path, capsys):
+    found = run(tmp_path / "early", **EARLY)
+    scout, replay = logged(tmp_path / "early/scout"), logged(tmp_path / "early")
+    assert [line["step"] for line in scout] == [1, 2, 3]
+    assert [line["step"] for line in replay] == [1, 2, 3, 4]
+    # the same prompts and draws: the policy's own answers are the scout's until the first update
+    assert replay[0]["accuracy"] == scout[0]["accuracy"]
+    assert replay[0]["completions/mean_length"] == scout[0]["completions/mean_length"]
+    assert replay[0]["rewards/accuracy/mean"] > replay[0]["accuracy"]
+    assert replay[0]["npo/distance"] == 2 and "npo/guide_frac" not in replay[3]
+    assert all(line["npo/guide_ratio_max"] != 1 for line in replay if line.get("npo/guide_frac"))
+    header, *lines = read_jsonl(tmp_path / "early/guide.jsonl")
+    assert len({line["row"] for line in lines}) == len(lines) == 6 and header["guide_step"] == 3
+    spent = checkpoint_state(checkpoints(tmp_path / "early/scout")[-1])["sampled_tokens"]
+    own = sum(8 * line["completions/mean_length"] for line in scout)
+    assert spent == header["guide_sampled_tokens"] == own
+    spent += sum(line["sampled_tokens"] for line in lines)
+    assert replay[0]["sampled_tokens"] > spent > own
+    assert "NO x 1, Qwen3VLForConditionalGeneration" in capsys.readouterr().out
+
+    again = run(tmp_path / "given", guide=tmp_path / "early/guide.jsonl", max_steps=4)
+    assert same(found, again)  # so it went back to the base, all of it
+    assert not same(found, run(tmp_path / "grpo", max_steps=4))
+
+
+def test_the_recorded_logprobs_are_the_trainers(run, tmp_path, tiny, base, prompts):
+    """The guide's answers under its checkpoint, by another forward."""
+    run(tmp_path, **EARLY)
+    guide = Policy(tmp_path / "scout/checkpoints/step_000003")
+    # TRL's distribution: over the vision tokens, too
+    guide.sampling_logprobs = lambda logits, heat: (logits / heat).log_softmax(dim=-1)
+    config = RunConfig(model=tiny["model"], dataset="cards")
+    config.max_new_tokens = 16
+    cache = load_guide_cache(tmp_path / "guide.jsonl", config)
+    assert len(cache.answers) > 2
+    for row in range(len(prompts)):
+        for answer in cache.answers.get(prompts.id_of(row), []):
+            values, _ = guide.logprobs([(guide.encode(prompts[row]), answer.token_ids)], 1.7)
+            assert values[0].tolist() == pytest.approx(answer.behavior_logprobs, abs=2e-5)
+
+
+@pytest.mark.parametrize("intervention", ["late", "early+late"])
+def test_late_goes_back_to_the_plateau(run, tmp_path, intervention):
+    flags = {"intervention": intervention, "plateau_start": 3, "plateau_end": 6, "max_steps": 6}
+    run(tmp_path, **flags, scout_steps=2, save_steps=4, keep="none")
+    scout, replay = logged(tmp_path / "scout"), logged(tmp_path)
+    assert [line["step"] for line in scout] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in replay] == [4, 5, 6]
+    assert replay[0]["accuracy"] == scout[3]["accuracy"]
+    assert replay[0]["npo/distance"] == 2
+    header = read_jsonl(tmp_path / "guide.jsonl")[0]
+    assert (header["guide_step"], header["prompts"]) == (6, 6)
+    early = intervention == "early+late"
+    assert (tmp_path / "scout/scout").is_dir() == early
+    assert any(line.get("npo/guide_frac") for line in scout) == early
+    kept = [step_of(path) for path in checkpoints(tmp_path / "scout")]
+    assert kept == ([3, 6] if early else [0, 3, 6])
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(monkeypatch, owner, name: str, call: int, after: bool = False):
+    """The process ends in (or after) the so many-th call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def dies(*args, **options):
+        calls.append(1)
+        if len(calls) < call:
+            return original(*args, **options)
+        if after and len(calls) == call:
+            original(*args, **options)
+        raise Killed
+
+    monkeypatch.setattr(owner, name, dies)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return {}
+
+
+KILLS = [  # where it is killed: early
+    (EARLY, NPOTrainer, "_compute_loss", 2, False),  # in the scout
+    (EARLY, NPOTrainer, "_save_checkpoint", 2, True),  # it is written, but does not count
+    (EARLY, trl_run.Engine, "sample", 2, False),  # in the cache
+    (EARLY, trl_run, "write_state", 5, False),  # in the replay, at its first save
+    (EARLY, NPOTrainer, "_compute_loss", 6, False),  # in the replay
+    (AUTO, trl_run.TRLRun, "ask", 1, False),  # in the probe
+    (AUTO, trl_run.Engine, "logprobs", 2, False),  # among the older checkpoints
+    (AUTO, trl_run.Engine, "sample", 3, False),  # in the cache
+    (AUTO, trl_run.TRLRun, "roll_back", 1, False),
+    (AUTO, trl_run.TRLRun, "_forget_after", 1, False),  # in the rollback, once it counts
+    (AUTO, NPOTrainer, "_compute_loss", 7, False),  # in the replay
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "owner", "name", "call", "after"), KILLS)
+def test_killed_anywhere_the_same_command_goes_on(
+    run, whole, tmp_path, monkeypatch, flags, owner, name, call, after
+):
+    kind = "auto" if "auto" in flags else "early"
+    if kind not in whole:
+        whole[kind] = run(tmp_path / "whole", **flags), logged(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill(patch, owner, name, call, after)
+        with pytest.raises(Killed):
+            run(tmp_path / "parts", **flags)
+    found, lines = run(tmp_path / "parts", **flags), logged(tmp_path / "parts")
+    expected, all_lines = whole[kind]
+    assert same(found, expected)
+    names = {"step", "rollbacks", "loss", "accuracy", "sampled_tokens", "autonpo/decision"}
+    assert [{n: v for n, v in line.items() if n in names} for line in lines] == [
+        {n: v for n, v in line.items() if n in names} for line in all_lines
+    ]
+
+
+def test_autonpo_rolls_back_and_goes_on(run, tmp_path):
+    run(tmp_path, **AUTO)
+    lines = logged(tmp_path)
+    made = [line for line in lines if line.get("autonpo/distance")]
+    assert made and made[0]["autonpo/step"] == made[0]["step"] - 1
+    back = made[0]["autonpo/step"] - made[0]["autonpo/distance"]
+    after = [line for line in lines if line.get("rollbacks") == 1 and "loss" in line]
+    assert [line["step"] for line in after][:2] == [back + 1, back + 2]
+    before = next(line for line in lines if line["step"] == back + 1)
+    assert after[0]["accuracy"] == before["accuracy"]  # the same prompts and draws
+    assert any(line.get("npo/guide_frac") for line in after)
+    steps = [line["step"] for line in current_lineage(lines) if "loss" in line]
+    assert steps == list(range(1, 9))
+    for name in ("reward", "entropy", "pool"):
+        assert f"autonpo/{name}" in lines[0]
+    table = made[0]["autonpo/table"]
+    assert all(row["variance"] > 1 and 0 <= row["quality"] <= 1 for row in table) and len(table) > 1
+    assert max(step_of(path) for path in checkpoints(tmp_path)) == 8
+    with pytest.raises(SystemExit, match="holds a run with another configuration"):
+        run(tmp_path, **AUTO | {"patience": 2})
+
+
+def test_autonpo_that_never_triggers_is_grpo(run, tmp_path):
+    auto = run(tmp_path / "auto", **AUTO | {"patience": 100, "max_steps": 3, "keep": "all"})
+    assert same(auto, run(tmp_path / "grpo", max_steps=3))
+    assert [step_of(path) for path in checkpoints(tmp_path / "auto")] == [0, 2, 3]
+
+
+def test_the_monitor_sees_what_autonpos_own_loop_sees(run, tmp_path, monkeypatch, tiny):
+    """Entropy, reward and pool of the first step, out of its answers by another forward."""
+    seen, original = [], trl_run.TRLRun.on_step_end
+
+    def on_step_end(self, *args, **options):
+        seen.append([group for group, _ in self.trainer.groups])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(trl_run.TRLRun, "on_step_end", on_step_end)
+    run(tmp_path, **AUTO | {"patience": 100, "max_steps": 2})
+    policy, prompts = Policy(tiny["model"]), load_prompts(RunConfig())[0]
+    policy.sampling_logprobs = lambda logits, heat: (logits / heat).log_softmax(dim=-1)
+    by_id = {prompts.id_of(row): row for row in range(len(prompts))}
+    rows = [by_id[group.prompt.id] for group in seen[0]]
+    answers = [
+        (policy.encode(prompts[row]), c.token_ids)
+        for row, group in zip(rows, seen[0])
+        for c in group.completions
+    ]
+    values, mask = policy.logprobs(answers, 1.7)
+    first = logged(tmp_path)[0]
+    assert first["autonpo/entropy"] == pytest.approx(-values[mask].mean().item(), rel=1e-4)
+    assert first["autonpo/reward"] == pytest.approx(first["reward"], abs=1e-6)
+    failed = [row for row, group in zip(rows, seen[0]) if group.pass_rate <= 0.9]
+    assert first["autonpo/pool"] == len(failed) and 0 < first["accuracy"] < 1
+    config = GRPOConfig(prompts_per_step=2)
+    assert rows == rows_of_step(len(prompts), 1, config)  # npo.py's
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"auto": True, "intervention": "early"}, "--auto: decides by itself"),
+        ({"guide": "self"}, "--guide self: is of npo.py"),
+        ({"max_steps": -1}, "--max_steps: say how many"),
+        ({"save_strategy": "no"}, "--save_strategy, --save_only_model, --save_steps: a run goes"),
+        ({"save_total_limit": 2}, "--save_total_limit: say --keep"),
+        ({"num_iterations": 2}, "--num_iterations, --steps_per_generation, --generation_batch"),
+        ({"num_generations": 3}, "generation_batch_size \\(8\\) must be divisible"),
+        ({"guide": "nowhere"}, "--guide nowhere: is no guide"),
+        ({"gate": 1.2, "intervention": "early"}, "--gate 1.2: must be at least 0 and at most 1"),
+        ({"slots": 4, "intervention": "early"}, "--slots 4: must be at least 1 and below 4"),
+        (
+            {"intervention": "late", "plateau_start": 2, "guide": cards.TEACHER},
+            "--plateau-start 2: .*step_000002 does not exist",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(run, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        run(tmp_path, **{"max_steps": 3} | flags)
+
+
+def test_a_cache_of_other_prompts_is_told(run, tmp_path, capsys):
+    run(tmp_path / "run", **EARLY)
+    path = tmp_path / "run/guide.jsonl"
+    lines = read_jsonl(path)
+    for what, value in (("dataset", "deck"), ("tokenizer", "0123")):
+        changed = [lines[0] | {what: value}, *lines[1:]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        with pytest.raises(SystemExit, match=f"error: guide cache .*made for another {what}"):
+            run(tmp_path / what, guide=path, max_steps=3)
