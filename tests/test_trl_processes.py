@@ -1,5 +1,6 @@
 """TRL on several processes (gloo): npo.py's loss and gradient, one decision, kill -9 of ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, lucky
+from safetensors.torch import load_file
 
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
 from test_npo_trl import another, asked, guides_for
+from test_trl_method import AUTO, EARLY, FLAGS
 
 import grpo
 import npo
 import verifier
+from plumbing.checkpoints import checkpoints
 from plumbing.guide_cache import GuideCache
 from plumbing.model import Policy
 from worlds import cards
@@ -311,7 +315,7 @@ def method(tiny, tmp_path, fresh, prompts):
 def test_one_decision_for_all_and_as_on_one_process(method, tmp_path):
     for count in (1, 2):
         method(tmp_path / str(count), count, AUTO, SEEN=str(tmp_path / f"seen_{count}_"))
-    (one,) = (json.loads((tmp_path / "seen_1_0").read_text()),)
+    one = json.loads((tmp_path / "seen_1_0").read_text())
     two = json.loads((tmp_path / "seen_2_0").read_text())
     assert two == json.loads((tmp_path / "seen_2_1").read_text())  # every rank the same
     made = [line for line in two if "autonpo/distance" in line]
