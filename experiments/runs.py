@@ -131,7 +131,7 @@ def measured(out: Path) -> dict:
     }
 
 
-def make(run: Run) -> dict | None:
+def make(run: Run, measured=measured) -> dict | None:
     """Runs a command to its end: its result line, or None, with the end of its log printed."""
     out, log = ROOT / run.out, ROOT / f"{run.out}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def make(run: Run) -> dict | None:
     return line
 
 
-def make_all(runs: list[Run], results: Path, jobs: int) -> list[Run]:
+def make_all(runs: list[Run], results: Path, jobs: int, measured=measured) -> list[Run]:
     """Makes what is outstanding, `jobs` runs at a time. Returns those that failed or had to wait
     for one that did."""
     done = {(line["row"], line["seed"]) for line in read_jsonl(results)}
@@ -166,7 +166,7 @@ def make_all(runs: list[Run], results: Path, jobs: int) -> list[Run]:
         if run.needs and not futures[run.needs, run.seed].result():
             say(run, f"skipped, since {run.needs} failed")
             return False
-        line = make(run)
+        line = make(run, measured)
         if line and (run.row, run.seed) not in done:
             with lock, open(results, "a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -1,17 +1,18 @@
-"""Three speeds, on one CPU thread. What is compared takes turns in one run; medians are printed.
+"""Four speeds, on one CPU thread. What is compared takes turns in one run; medians are printed.
 
     pip install -r requirements.txt -r requirements-trl.txt
     python -m experiments.speed          # all, some minutes
-    python -m experiments.speed step     # or guided, recorded
+    python -m experiments.speed step     # or guided, trl, recorded
 
 step     a GRPO step of ours against one of TRL's GRPOTrainer: the same tiny Qwen3-VL and text
          prompts (the cards written out), 8 prompts x 8 slots x 16 tokens, every group with signal
 guided   a step with a guide's answer in every group against one without, 16 prompts of the cards
+trl      a step of TRL's GRPOTrainer as in `step`, with a guide's answer in every group, against
+         one of TRL's own
 recorded a step whose 8 x 8 answers are written to rollouts/ against one that writes none
 """
 
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -22,10 +23,11 @@ import torch
 
 from grpo import GRPOConfig, update
 from npo import replace_slot
-from plumbing.data import load_prompts, open_dataset
+from plumbing.data import load_prompts
+from plumbing.guide_cache import GuideCache
 from plumbing.model import Policy
 from plumbing.record import rollout_rows, write_rollouts
-from plumbing.rollout import Group, Prompt
+from plumbing.rollout import Completion, Group, Prompt
 from worlds import cards
 
 ROUNDS, STEPS = 7, 6  # STEPS steps of the one, then of the other, ROUNDS times
@@ -56,10 +58,12 @@ def text_prompts() -> list[Prompt]:
     return found
 
 
-def trl_steps(folder: str) -> list[float]:
+def trl_steps(folder: str, guided: bool = False) -> list[float]:
     """Seconds of the steps of a new GRPOTrainer, without the first, which warms up."""
     import transformers
     import trl
+
+    from commands.trl_trainer import NPOConfig, NPOTrainer, rows_of
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -77,7 +81,8 @@ def trl_steps(folder: str) -> list[float]:
     loss |= {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "weight_decay": 0.01}
     machine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
-    settings = trl.GRPOConfig(folder, **batch, **loss, **machine, **quiet, disable_tqdm=True)
+    kind, more = (NPOConfig, {"gate": 1.0}) if guided else (trl.GRPOConfig, {})
+    settings = kind(folder, **batch, **loss, **machine, **quiet, **more, disable_tqdm=True)
     # <unk> is never said, so every answer has 16 tokens
     load = transformers.AutoTokenizer.from_pretrained
     tokenizer = load(cards.BASE, padding_side="left", eos_token="<unk>", trust_remote_code=False)
@@ -85,14 +90,22 @@ def trl_steps(folder: str) -> list[float]:
         cards.BASE, trust_remote_code=False
     )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    path = Path(folder) / "prompts.jsonl"
-    lines = [json.dumps({"prompt": prompt.messages}) + "\n" for prompt in text_prompts()]
-    path.write_text("".join(lines))
-    rows = open_dataset(str(path))
-    trainer = trl.GRPOTrainer(model, rewards, settings, rows, processing_class=tokenizer)
+    prompts, answers = text_prompts(), {}
+    for prompt in prompts:  # as long as those that are sampled
+        ids = tokenizer("12 +3= 15 +4= 19 +5= 24 +6= 30 +7= 37")["input_ids"][:16]
+        answer = Completion(prompt.id, ids, [-0.1] * len(ids), "", False, "guide@9")
+        answer.accuracy = answer.reward = 1.0
+        answers[prompt.id] = [answer]
+    kind, more = trl.GRPOTrainer, {}
+    if guided:
+        kind, more = NPOTrainer, {"guides": GuideCache(answers, 10**9)}
+    rows = rows_of(prompts)
+    trainer = kind(model, rewards, settings, rows, processing_class=tokenizer, **more)
     trainer.add_callback(Clock())
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
+    if guided and set(trainer._metrics["train"]["npo/guide_frac"]) != {1.0}:
+        raise RuntimeError("a group has no guide's answer")
     return seconds[1:]
 
 
@@ -110,6 +123,17 @@ def step() -> str:
             seeds = range(first, first + STEPS)
             ours += [our_step(policy, optimizer, prompts, config, seed)[0] for seed in seeds][1:]
     return compared("ours", ours, "TRL", theirs)
+
+
+def in_trl() -> str:
+    if not importlib.util.find_spec("trl"):
+        return "not measured, TRL is not installed: pip install -r requirements-trl.txt"
+    with_guides, plain = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(ROUNDS):
+            plain += trl_steps(folder)
+            with_guides += trl_steps(folder, guided=True)
+    return compared("guided", with_guides, "TRL's own", plain)
 
 
 def guided() -> str:
@@ -153,7 +177,7 @@ def compared(name: str, seconds: list[float], other_name: str, other: list[float
 
 
 def main() -> None:
-    parts = {"step": step, "guided": guided, "recorded": recorded}
+    parts = {"step": step, "guided": guided, "trl": in_trl, "recorded": recorded}
     chosen = sys.argv[1:] or list(parts)
     if unknown := set(chosen) - set(parts):
         raise SystemExit(f"error: {', '.join(unknown)}: choose from {', '.join(parts)}")

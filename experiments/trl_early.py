@@ -1,0 +1,106 @@
+"""Early bootstrapping through TRL: the rows "grpo" and "early" of experiments/early.jsonl, with
+commands/npo_trl.py in the place of grpo.py and npo.py. The same prompts, sizes and seeds.
+
+    pip install -r requirements.txt -r requirements-trl.txt
+    python -m experiments.trl_early                    # ten seeds, one run at a time
+    python -m experiments.trl_early --seeds 10 11
+
+Every run adds a line to experiments/trl_early.jsonl, as experiments/runs.py does; a run whose line
+is there is skipped, so the same command resumes. At the end: the speed-up in steps over the seeds
+that are there, beside the plain loop's over the same seeds.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from experiments.results import Result, interval
+from experiments.runs import HERE, LONG, RUNS, SCOUT, WINDOW, Run, make_all
+from experiments.tables import to_goals
+from grpo import GRPOConfig
+from plumbing.checkpoints import checkpoints, step_of
+from plumbing.data import load_prompts
+from plumbing.model import Policy
+from plumbing.rollout import batched
+from plumbing.run import exact_accuracies, read_jsonl
+from worlds import cards
+
+RESULTS = HERE / "trl_early.jsonl"
+FLAGS = (
+    "--per_device_train_batch_size 64 --num_generations 8 --max_completion_length 80 "
+    "--learning_rate 1e-4 --save_steps 5 --logging_steps 1 --use_cpu True --bf16 False "
+    "--gradient_checkpointing False --report_to none --disable_tqdm True"
+)
+ROWS = {
+    "grpo": f"--max_steps {LONG}",
+    "early": f"--intervention early --scout_steps {SCOUT} --max_steps {WINDOW}",
+}
+
+
+def planned(seeds: list[int]) -> list[Run]:
+    found = []
+    for row, flags in ROWS.items():
+        for seed in seeds:
+            out = f"{RUNS}/trl/{row}-{seed}"
+            command = f"python -m commands.npo_trl {flags} {FLAGS} --seed {seed} --output_dir {out}"
+            found.append(Run(row, command, seed=seed, out=out))
+    return found
+
+
+def measured(out: Path) -> dict:
+    """As `runs.measured`: TRL has not evaluated, so every checkpoint is evaluated here."""
+    config, lines = GRPOConfig(device="cpu"), read_jsonl(out / "metrics.jsonl")
+    tokens = {line["step"]: line["sampled_tokens"] for line in lines} | {0: 0}
+    evals = []
+    for path in (cards.BASE, *checkpoints(out)):
+        step = step_of(path) if path != cards.BASE else 0
+        found = exact_accuracies(Policy(path, "cpu"), load_prompts(config)[1], config)
+        evals.append([step, round(statistics.fmean(found), 5), tokens[step]])
+    tens = [(ten[-1]["step"], [line["entropy"] for line in ten]) for ten in batched(lines, 10)]
+    guided = [line.get("npo/guide_frac", 0) for line in lines]
+    ratios = [line["npo/guide_ratio_max"] for line in lines if "npo/guide_ratio_max" in line]
+    return {
+        "updates": len(lines),
+        "evals": evals,
+        "entropy": [[step, round(statistics.fmean(values), 5)] for step, values in tens],
+        "npo/guide_frac": round(statistics.fmean(guided), 4),
+        "npo/guide_ratio_max": max(ratios, default=None),
+    }
+
+
+def speed_up(file: Path, seeds: list[int]) -> str:
+    """GRPO's steps to its own accuracy at step SCOUT over NPO's, the scout's not counted."""
+    lines = {(line["row"], line["seed"]): line for line in read_jsonl(file)}
+    runs = {row: [Result.of(lines[row, seed]) for seed in seeds] for row in ROWS}
+    scouts = [run.until(SCOUT) for run in runs["grpo"]]
+    goals = [scout.accuracy for scout in scouts]
+    alone, steps = (to_goals(of, goals, "step")[0] for of in (scouts, runs["early"]))
+    ratios = [a / b for a, b in zip(alone, steps)]
+    ends = [statistics.fmean(run.until(WINDOW).accuracy for run in runs[row]) for row in ROWS]
+    shown = interval(ratios) if len(seeds) > 1 else f"{ratios[0]:.2f}"
+    return (
+        f"speed-up {shown}; at step {WINDOW} GRPO {ends[0]:.3f}, NPO {ends[1]:.3f}; seeds "
+        f"{', '.join(map(str, seeds))}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.trl_early",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
+    args = parser.parse_args()
+    failed = make_all(planned(args.seeds), RESULTS, 1, measured)
+    lines = {(line["row"], line["seed"]) for line in read_jsonl(RESULTS)}
+    if whole := sorted({seed for _, seed in lines if {(row, seed) for row in ROWS} <= lines}):
+        print(f"TRL    {speed_up(RESULTS, whole)}")
+        print(f"plain  {speed_up(HERE / 'early.jsonl', whole)}")
+    if failed:
+        sys.exit("not made: " + ", ".join(f"{run.row} {run.seed}" for run in failed))
+
+
+if __name__ == "__main__":
+    main()
