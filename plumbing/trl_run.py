@@ -207,7 +207,7 @@ class TRLRun(Run, transformers.TrainerCallback):
             found |= self.remembered.observe(step, rates, own, self.config)
             self.memory = self.remembered.stored()
         for name, value in found.items():
-            self.trainer._metrics["train"][name].append(value)
+            self.trainer._metrics["train"][name] = [value]  # the last, no mean over logging_steps
         control.should_save = control.should_save or str(step) in self._kept_steps()
         return control
 
@@ -247,9 +247,11 @@ class TRLRun(Run, transformers.TrainerCallback):
         """The trainer's weights become a checkpoint's, by a `train` that takes no step."""
         trainer, args = self.trainer, self.trainer.args
         if path is None or trainer.holds != path:
-            args.max_steps, args.num_train_epochs, trainer.silent = -1, 0, True
+            handler, args.max_steps, args.num_train_epochs = trainer.callback_handler, -1, 0
+            callbacks, handler.callbacks, trainer.silent = handler.callbacks, [], True
             trainer.train(resume_from_checkpoint=path and str(path))
-            trainer.holds, trainer.silent, trainer._last_loaded_step = path, False, -1
+            handler.callbacks, trainer.silent, trainer.holds = callbacks, False, path
+            trainer._last_loaded_step = -1  # vLLM has other weights
 
     def policy_at(self, path: Path) -> Engine:
         return Engine(self.trainer, lambda: self.load(path))
@@ -267,6 +269,7 @@ class TRLRun(Run, transformers.TrainerCallback):
         if self.processes.is_main_process:
             super().log(line)
         numbers = {n: value for n, value in line.items() if isinstance(value, int | float)}
+        numbers.pop("step")  # TRL's is the step that was taken last
         self.trainer.log(numbers)
 
     def roll_back(self, step: int, memory: dict) -> None:
