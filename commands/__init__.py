@@ -2,5 +2,5 @@
 
 luffy, exgrpo, rlep   the paper's rivals: other sources for the same slot
 evaluate              a checkpoint on eight benchmarks (benchmarks.py is their table)
-npo_trl               NPO inside TRL's GRPOTrainer, for many GPUs
+npo_trl               NPO and AutoNPO with TRL taking the steps, for many GPUs
 """

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import xml.etree.ElementTree as xml
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 import grpo
-from experiments import difficulty, lucky, method_figure, runs, staircase, tables
+from experiments import difficulty, lucky, method_figure, runs, staircase, tables, trl_early
 from experiments.results import Result
 from plumbing import data
 from plumbing.command import read_flags
 from plumbing.guide_cache import GuideCache
 from plumbing.rollout import Completion
+from worlds import cards
 
 ROOT = runs.ROOT
 # Writes metrics.jsonl as a run with one rollback would; exits with 3 if its seed is 7
@@ -274,3 +276,40 @@ def test_the_siblings_first_checkpoints_beyond_a_level_are_the_guides(monkeypatc
     monkeypatch.setattr(staircase, "evaluations", lambda out: lines[:5])
     with pytest.raises(SystemExit, match="never borrows with probability 0.95"):
         staircase.guides(7)
+
+
+# ------------------------------------------------------------------------------------ through TRL
+
+
+def test_the_speed_up_through_trl_is_of_steps_to_grpos_own_accuracy(tmp_path):
+    lines = []
+    for seed, reached in ((3, 10), (4, 20)):
+        grpo = [[0, 0.0, 0], [20, 0.1, 7], [40, 0.2, 9], [60, 0.3, 12]]
+        early = [[0, 0.0, 0], [reached, 0.2, 8], [60, 0.5, 11]]
+        for row, evals in (("grpo", grpo), ("early", early)):
+            lines.append({"row": row, "seed": seed, "evals": evals, "entropy": []})
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = trl_early.speed_up(tmp_path / "lines.jsonl", [3, 4])
+    assert said.startswith("speed-up 3.00 [") and "GRPO 0.300, NPO 0.500; seeds 3, 4" in said
+    one = trl_early.speed_up(tmp_path / "lines.jsonl", [3])
+    assert one == "speed-up 4.00; at step 60 GRPO 0.300, NPO 0.500; seeds 3"
+
+
+def test_trl_runs_are_evaluated_by_their_checkpoints(tmp_path, monkeypatch):
+    shutil.copytree(cards.BASE, tmp_path / "checkpoints/step_000002")
+    guided = {"npo/guide_frac": 0.5, "npo/guide_ratio_max": 1.25}
+    lines = [{"step": 1, "entropy": 0.25, "sampled_tokens": 70} | guided]
+    lines.append({"step": 2, "entropy": 0.75, "sampled_tokens": 150})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    monkeypatch.setattr(trl_early, "exact_accuracies", lambda *_: [0.25, 0.5])
+    assert trl_early.measured(tmp_path) == {
+        "updates": 2,
+        "evals": [[0, 0.375, 0], [2, 0.375, 150]],
+        "entropy": [[2, 0.5]],
+        "npo/guide_frac": 0.25,
+        "npo/guide_ratio_max": 1.25,
+    }
+    commands = [run.command for run in trl_early.planned([5])]
+    assert "--max_steps 140 " in commands[0] and "--scout_steps 40 --max_steps 60 " in commands[1]
+    assert all("--seed 5 --output_dir experiments/runs/trl/" in command for command in commands)
