@@ -355,3 +355,12 @@ def test_a_step_beside_trls(monkeypatch, capsys):
     assert re.fullmatch(r"ours [\d.]+ s, TRL [\d.]+ s, ratio [\d.]+", said)
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
     assert "TRL is not installed" in speed.step()
+
+
+def test_a_guide_in_every_group_of_trl(monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "STEPS", 2)
+    assert re.fullmatch(r"guided [\d.]+ s, TRL's own [\d.]+ s, ratio [\d.]+", speed.in_trl())
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    assert "TRL is not installed" in speed.in_trl()

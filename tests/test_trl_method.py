@@ -129,7 +129,9 @@ def test_the_recorded_logprobs_are_the_trainers(run, tmp_path, tiny, base, promp
             assert values[0].tolist() == pytest.approx(answer.behavior_logprobs, abs=2e-5)
 
 
-@pytest.mark.parametrize("intervention", ["late", "early+late"])
+@pytest.mark.parametrize(
+    "intervention", ["late", pytest.param("early+late", marks=pytest.mark.slow)]
+)
 def test_late_goes_back_to_the_plateau(run, tmp_path, intervention):
     flags = {"intervention": intervention, "plateau_start": 3, "plateau_end": 6, "max_steps": 6}
     run(tmp_path, **flags, scout_steps=2, save_steps=4, keep="none")
@@ -229,6 +231,7 @@ def test_autonpo_rolls_back_and_goes_on(run, tmp_path):
         run(tmp_path, **AUTO | {"patience": 2})
 
 
+@pytest.mark.slow
 def test_trackers_are_told_all_of_it_and_see_steps_go_back(run, tmp_path, monkeypatch):
     told, original = [], npo_trl.make_trainer
 
