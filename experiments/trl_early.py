@@ -40,8 +40,8 @@ ROWS = {
 
 def planned(seeds: list[int]) -> list[Run]:
     found = []
-    for row, flags in ROWS.items():
-        for seed in seeds:
+    for seed in seeds:
+        for row, flags in ROWS.items():
             out = f"{RUNS}/trl/{row}-{seed}"
             command = f"python -m commands.npo_trl {flags} {FLAGS} --seed {seed} --output_dir {out}"
             found.append(Run(row, command, seed=seed, out=out))

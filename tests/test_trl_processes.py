@@ -371,7 +371,7 @@ def test_an_fsdp2_configuration_is_told_to_be_ddp_here(method, tmp_path):
 
 
 def test_a_mistake_ends_in_one_line_on_all_processes(method, tmp_path):
-    told = method(tmp_path, 2, {"max_steps": 2, "guide": "nowhere"}, check=False)
+    told = method(tmp_path / "out", 2, {"max_steps": 2, "guide": "nowhere"}, check=False)
     assert told.count("error: --guide nowhere: is no guide") == 1
-    told = method(tmp_path, 2, {"max_steps": 2, "num_generations": 3}, check=False)
+    told = method(tmp_path / "out", 2, {"max_steps": 2, "num_generations": 3}, check=False)
     assert told.count("error: generation_batch_size (8) must be divisible by num_generations") == 1
