@@ -181,7 +181,7 @@ KILLS = [  # where it is killed: early
     (EARLY, NPOTrainer, "_compute_loss", 6, False),  # in the replay
     (AUTO, trl_run.TRLRun, "ask", 1, False),  # in the probe
     (AUTO, trl_run.Engine, "logprobs", 2, False),  # among the older checkpoints
-    (AUTO, trl_run.Engine, "sample", 3, False),  # in the cache
+    (AUTO, trl_run.Engine, "sample", 2, False),  # in the cache
     (AUTO, trl_run.TRLRun, "roll_back", 1, False),
     (AUTO, trl_run.TRLRun, "_forget_after", 1, False),  # in the rollback, once it counts
     (AUTO, NPOTrainer, "_compute_loss", 7, False),  # in the replay
