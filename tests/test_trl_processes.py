@@ -33,8 +33,8 @@ torch.set_num_threads(1)
 """
 
 
-LAUNCHER = """-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no
-    --dynamo_backend no --main_process_port 0 --num_processes"""
+LAUNCHER = """-m accelerate.commands.launch --config_file experiments/accelerate/two_cpus.yaml
+    --main_process_port 0 --num_processes"""
 
 
 def launch(script: Path, count: int, *words, check: bool = True, **environment) -> str:
