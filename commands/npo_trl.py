@@ -189,8 +189,10 @@ def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrai
     )
     adapters = None
     if ours.lora:
-        from peft import LoraConfig
-
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise UsageError("--lora: needs peft; pip install -r requirements-gpu.txt") from error
         adapters = LoraConfig(r=ours.lora, lora_alpha=2 * ours.lora, target_modules=ADAPTED)
     sees = isinstance(processor, Processor)
     if sees:
@@ -241,7 +243,7 @@ def main() -> None:
         if not PartialState().is_main_process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the main one speaks for all
         run_method(arguments, config)
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, FloatingPointError, ImportError) as error:  # ImportError: another TRL
         raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from None
 
 

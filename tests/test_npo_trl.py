@@ -366,6 +366,16 @@ def test_another_trl_is_one_sentence(monkeypatch, name, value, message):
         NPOTrainer()
 
 
+def test_the_command_says_so_too(monkeypatch, tmp_path):
+    monkeypatch.delattr(trl.GRPOTrainer, "_generate")
+    with pytest.raises(SystemExit, match="^error: TRL .* has no GRPOTrainer._generate"):
+        main(monkeypatch, *words(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="^error: --lora: needs peft"):
+        main(monkeypatch, *words(tmp_path, lora=2))
+
+
 def test_another_shape_is_one_sentence_too(prompts, tmp_path, monkeypatch):
     trainer = trainer_of(NPOTrainer, tmp_path, asked(prompts, False)[:2])
     original = trl.GRPOTrainer._generate
