@@ -117,6 +117,7 @@ class Engine:
             values, *_ = trainer._get_per_token_logps_and_entropies(
                 trainer.model, ids, mask, width, **fields
             )
+            values = values.clamp(max=0.0)  # TRL's kernel rounds above it
             found += [row[: len(part)].tolist() for row, part in zip(values, answers)]
         return found
 
