@@ -38,6 +38,7 @@ PRIVATE = {
     "_compute_loss": "self, model, inputs",
     "_save_checkpoint": "self, model, trial",
 }
+SILENT = 1e-3  # an advantage below it is a rounding error; real ones are above 0.3 at G = 8
 OPTIONS = {"model", "args", "reward_funcs", "train_dataset", "processing_class", "peft_config"}
 
 
@@ -86,7 +87,8 @@ class NPOTrainer(trl.GRPOTrainer):
     Args:
         guides: the guide cache. It needs the columns of `rows_of` in the data set, and as the
             first reward function the accuracy (0 or 1), whose mean over a group is its pass-rate.
-        watch: whether `groups` and `entropy` are filled in, and more is logged, without guides too.
+        watch: without guides, too, fill in `groups` and `entropy`, log more, and take advantages of
+            equal rewards for 0.
         All others: GRPOTrainer's.
 
     Attributes:
@@ -179,6 +181,10 @@ class NPOTrainer(trl.GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if not self._watching():
             return batch
+        # Equal rewards have A = 0, as in grpo.py. TRL leaves a rounding error over 1e-4, of which
+        # AdamW makes full steps where nothing else has a gradient
+        near_zero = batch["advantages"].abs() < SILENT
+        batch["advantages"] = batch["advantages"].masked_fill(near_zero, 0.0)
         ids = batch["completion_ids"]
         guided = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
         dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)

@@ -89,6 +89,7 @@ def trainer_of(
     guides=None,
     path=cards.BASE,
     prepare=lambda model: model,
+    watch=False,
     **flags,
 ):
     args = NPOConfig(output_dir=str(out), **FLAGS | flags)
@@ -102,7 +103,7 @@ def trainer_of(
         train_dataset=rows_of(some, for_text_model=path != cards.BASE),
         processing_class=load_processor(path),
         callbacks=callbacks,
-        **({"guides": guides} if issubclass(kind, NPOTrainer) else {}),
+        **({"guides": guides, "watch": watch} if issubclass(kind, NPOTrainer) else {}),
     )
 
 
@@ -181,6 +182,34 @@ def test_rewards_and_advantages_are_the_mixed_groups(fresh, prompts, tmp_path):
     trainer.state.global_step = 6  # six steps are done: the next one is the seventh
     batch_of(trainer, 1)
     assert not trainer._taken
+
+
+def test_a_step_without_signal_moves_no_weight(prompts, tmp_path):
+    """Rewards of 0.1 each: their mean in fp32 is not 0.1, and AdamW forgets how small that is."""
+    some = asked(prompts, True)
+
+    def always(completions, **_) -> list[float]:
+        return [0.1] * len(completions)
+
+    moved = {}
+    for watch in (False, True):
+        trainer = trainer_of(
+            NPOTrainer,
+            tmp_path,
+            some,
+            always,
+            watch=watch,
+            max_steps=2,
+            weight_decay=0.0,
+            num_generations=7,
+            per_device_train_batch_size=7,
+            save_strategy="no",
+        )
+        start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.train()
+        now = trainer.model.state_dict()
+        moved[watch] = max((now[name] - start[name]).abs().max().item() for name in start)
+    assert moved[True] == 0 and moved[False] > 1e-4  # TRL's own
 
 
 @pytest.mark.parametrize("is_correction", [True, False])
