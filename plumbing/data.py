@@ -334,13 +334,7 @@ def open_dataset(name: str):
     import datasets  # takes a second to import, and the cards do without
 
     if is_function(name):
-        rows = load_function("--dataset", name)()
-        if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
-            raise UsageError(f"--dataset {name}: must return a list of dicts, a row each")
-        try:
-            return datasets.Dataset.from_list(rows)
-        except Exception as error:  # a column of several kinds
-            raise UsageError(f"--dataset {name}: {first_line(error)}") from error
+        return table_of(name, load_function("--dataset", name)())
     kind = FILE_TYPES.get(Path(name).suffix)
     if kind and not Path(name).is_file():
         raise UsageError(f"--dataset {name}: there is no such file")
@@ -360,6 +354,26 @@ def open_dataset(name: str):
             'name and that it has a split "train". Without a network, give a data file or a '
             "folder, or set HF_HOME to the cache of a machine that has loaded it"
         ) from error
+
+
+def table_of(name: str, rows):
+    """What a function returned, as a data set: a list of dicts, a row each."""
+    import datasets
+
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"--dataset {name}: must return a list of dicts, a row each")
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = {key: [row.get(key) for row in rows] for key in keys}
+    for key, values in columns.items():
+        if len({frozenset(value) for value in values if isinstance(value, dict)}) > 1:
+            raise UsageError(
+                f"--dataset {name}: column {key} has dicts with different keys, which a table "
+                "would fill up; keep each as text, by json.dumps"
+            )
+    try:
+        return datasets.Dataset.from_dict(columns)
+    except Exception as error:  # a column of several kinds
+        raise UsageError(f"--dataset {name}: {first_line(error)}") from error
 
 
 def fault_of(path: Path, reason: str) -> str:

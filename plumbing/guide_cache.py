@@ -6,7 +6,10 @@ guide does not solve has a line without answers, so the file also measures the g
 It is whole when it has as many lines as its header says; a file cut short by a kill is continued.
 """
 
+import dataclasses
+import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -47,14 +50,15 @@ class GuideCache:
         return self.sampled_tokens + self.header.get("guide_sampled_tokens", 0)
 
     def answers_to(self, prompt: Prompt, step: int, slots: int = 1) -> list[Completion]:
-        """The guide's first `slots` answers to a prompt, paid by the reward of this run.
+        """The guide's first `slots` answers to a prompt that are right, paid by this run's reward.
 
         None after the last guided step.
         """
-        found = self.answers.get(prompt.id, [])[:slots] if step <= self.until else []
+        kept = self.answers.get(prompt.id, []) if step <= self.until else []
+        found = [dataclasses.replace(answer) for answer in kept]  # a prompt may be asked twice
         for answer in found:
-            verifier.set_reward(prompt, answer)
-        return found
+            verifier.set_reward(prompt, answer)  # which may judge by a scorer of its own
+        return [answer for answer in found if answer.accuracy][:slots]
 
     def reach(self, ids: list[str], first: int, last: int) -> str:
         """How many of the prompts of steps `first` to `last`, given by their ids, it can guide."""
@@ -63,8 +67,9 @@ class GuideCache:
 
     def __str__(self) -> str:
         solved, prompts = len(self.answers), self.header["prompts"]
-        if "guide_step" not in self.header:  # of texts
-            return f"a right text for {solved} of {prompts} prompts"
+        if "skipped" in self.header:  # of texts
+            skipped = [f", {count} {reason}" for reason, count in self.header["skipped"].items()]
+            return f"a right text for {solved} of {prompts} prompts" + "".join(skipped)
         return (
             f"guide@{self.header['guide_step']} solved {solved} of {prompts} prompts "
             f"({solved / prompts:.0%}) within {self.header['samples']} answers, "
@@ -86,11 +91,10 @@ def kind_of_guide(guide: str) -> tuple[str, Path]:
         return "checkpoint", path
     if path.is_file():
         with open(path, "rb") as file:
-            first = file.readline(1 << 20)
-        if b'"version"' in first:
-            return "cache", path
-        if b'"text"' in first:
-            return "texts", path
+            first = file.read(1 << 20).lstrip().split(b"\n")[0]
+        for word, kind in ((b'"text"', "texts"), (b'"version"', "cache")):
+            if word in first:
+                return kind, path
     raise UsageError(
         f"--guide {guide}: is no guide; give self, a checkpoint's folder, the directory of a run "
         "with a guide.jsonl, a guide.jsonl, or a .jsonl of answers, lines of "
@@ -106,19 +110,34 @@ def guide_of_texts(path: Path, config, until: int) -> GuideCache:
     """
     prompts, tokenizer = load_prompts(config)[0], load_tokenizer(config.model_path)
     places = {prompts.id_of(place): place for place in range(len(prompts))}
-    end, answers, lines = stop_ids(config.model_path, tokenizer)[0], {}, read_jsonl(path)
-    for number, line in enumerate(tqdm(lines, desc=f"reading {path}", delay=3), 1):
-        id = line.get("prompt_id", f"{prompts.fingerprint}:{line.get('row')}")
-        if not isinstance(line.get("text"), str):
-            raise UsageError(f"--guide {path}: line {number} has no text")
-        if id not in places:  # held out, or dropped
+    end, answers, skipped = stop_ids(config.model_path, tokenizer)[0], {}, Counter()
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, text in enumerate(tqdm(lines, desc=f"reading {path}", delay=3), 1):
+        if not text.strip():
             continue
-        ids = tokenizer(line["text"], add_special_tokens=False).input_ids + [end]
-        answer = Completion(id, ids, None, line["text"], True, source="guide")
-        verifier.score([Group(prompts[places[id]], EncodedPrompt([]), [answer])])
-        if answer.accuracy and len(ids) <= config.max_new_tokens:
-            answers.setdefault(id, []).append(answer)
-    return GuideCache(answers, until, 0, {"prompts": len(prompts)})
+        try:
+            line = json.loads(text)
+            said, row = line["text"], line.get("row")
+            id = line.get("prompt_id", f"{prompts.fingerprint}:{row}")
+            ids = tokenizer(said, add_special_tokens=False).input_ids + [end]
+            prompt = prompts[places[id]] if id in places else None
+        except (ValueError, TypeError, KeyError) as error:
+            wanted = 'a line is {"row": 7, "text": "..."}'
+            raise UsageError(f"--guide {path}: line {number}: {error!r}; {wanted}") from error
+        if prompt is None:
+            skipped["to no training prompt"] += 1
+        elif len(ids) > config.max_new_tokens:
+            skipped["longer than --max-new-tokens"] += 1
+        elif {*tokenizer.all_special_ids} & {*ids[:-1]}:
+            skipped["with a special token"] += 1
+        else:
+            answer = Completion(id, ids, None, said, True, source="guide")
+            verifier.score([Group(prompt, EncodedPrompt([]), [answer])])
+            if answer.accuracy:
+                answers.setdefault(id, []).append(answer)
+            else:
+                skipped["wrong"] += 1
+    return GuideCache(answers, until, 0, {"prompts": len(prompts), "skipped": skipped})
 
 
 def build_guide_cache(

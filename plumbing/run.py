@@ -51,7 +51,6 @@ from plumbing.metrics import (
     transcript,
 )
 from plumbing.model import Policy
-from plumbing.own_code import load_function
 from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, write_rollouts
 from plumbing.rollout import Group, batched
 from plumbing.track import Curve
@@ -151,8 +150,6 @@ class Run:
         self.config, self.out, self.keep_back = config, Path(out), keep_back
         open_directory(config, self.out)
         self.curve = Curve(config, self.out)
-        if config.reward:
-            verifier.reward = load_function("--reward", config.reward, "prompt", "completion")
         if config.start:
             check_start(config.start, config.model_path, config.lora)
         start = start or config.start
@@ -200,10 +197,12 @@ class Run:
         if self.step < self.config.steps:
             config, trained = self.config, sum(p.numel() for p in self.policy.parameters())
             resumed = f", resumed at step {self.step}" if self.step > self.start_step else ""
+            samples = config.eval_samples
+            evaluated = f"{samples} answers each" if samples else "evaluated exactly"
             tqdm.write(
                 f"{self.out}: steps {self.start_step + 1}-{config.steps}{resumed} | "
                 f"{batch_arithmetic(config)} | {len(self.train_prompts)} prompts, "
-                f"{len(self.held_out)} held out | {trained:,} trained parameters | "
+                f"{len(self.held_out)} held out, {evaluated} | {trained:,} trained parameters | "
                 f"lr {config.lr:g} | temperature {config.temperature:g}"
             )
             if self.keep_back:

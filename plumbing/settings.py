@@ -30,6 +30,7 @@ BY_WORLD = {
     "micro_batch_size": (32, 4),
     "keep": ("all", "none"),
     "min_gain": (0.04, 0.01),
+    "rollouts": (64, 8),
 }
 
 # Flags that change nothing in what a run computes
@@ -120,7 +121,7 @@ class RunConfig(ModelConfig):
     save_every: int = 20  # steps between checkpoints (the NPO authors: 10 or 20)
     keep: str | None = None  # old checkpoints: all, none, steps as 40,100 [worlds all, else none]
     track: Literal["", "wandb", "trackio"] = ""  # live curves, beside metrics.jsonl; pip install it
-    rollouts: int = 8  # prompts per step whose answers are kept in rollouts/; 0: of none
+    rollouts: int | None = None  # prompts per step whose answers are kept; 0: none [worlds 64, 8]
     # Memory
     micro_batch_size: int | None = None  # sequences at a time, memory only [worlds 32, else 4]
     max_prompt_tokens: int = 4096  # longer prompts, images counted, are dropped (as the authors)
@@ -133,9 +134,9 @@ class RunConfig(ModelConfig):
         super().__post_init__()
         if self.eval_samples is None and self.has_one_right_text and self.keeps_its_manner:
             self.eval_samples = 0
+        tiny = self.in_world or self.model in WORLDS
         for name, (in_world, elsewhere) in BY_WORLD.items():
             if getattr(self, name, 0) is None:
-                tiny = self.in_world or self.model in WORLDS
                 setattr(self, name, in_world if tiny else elsewhere)
                 if name == "lr" and self.lora:
                     self.lr *= 10
