@@ -12,6 +12,7 @@ model           the network: sampling and log-probabilities
 pictures        what a data set stores, as a person sees it
 rows            a row of a data set: question, options, pictures, gold
 data            prompts from an embedded world or any data set
+exact           accuracy without sampling
 checkpoints     the only place that writes or removes one
 vllm_sampler    the only place that knows vLLM
 memory          what a configuration takes, before and at the start of a run
