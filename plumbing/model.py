@@ -24,7 +24,6 @@ from transformers import (
     AutoModelForImageTextToText,
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
 )
 from transformers.utils import cached_file
 
@@ -119,25 +118,24 @@ class Policy:
         encoded = [self.encode(prompt) for prompt in prompts]
         slots = [one for one in encoded for _ in range(group_size)]
         ids, attention, positions, cache = self.prefill_prompts(slots)
-        recorder = BehaviorRecorder(self, temperature)
-        sequences = self.model.generate(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            logits_processor=[recorder],
-            generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=1.0,  # the recorder has applied it
-                top_p=1.0,
-                top_k=0,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=self.eos_token_ids,
-                pad_token_id=self.eos_token_ids[0],
-            ),
-        )
-        tokens = sequences[:, ids.shape[1] :]  # (B, T)
-        logprobs = recorder.finish(tokens)  # (B, T)
+        stops, token = torch.tensor(self.eos_token_ids, device=self.device), ids[:, -1:]
+        going, tokens, logprobs = torch.ones_like(token, dtype=torch.bool), [], []
+        while len(tokens) < max_new_tokens and going.any():
+            hidden = self.model.base_model(
+                input_ids=token,
+                attention_mask=attention,
+                position_ids=positions[..., -1:] + len(tokens),
+                past_key_values=cache,
+            ).last_hidden_state[:, -1]  # (B, H)
+            distribution = self.sampling_logprobs(self.logits_of(hidden), temperature)  # (B, V)
+            if distribution.isnan().any():
+                raise FloatingPointError("the policy's logits are nan or infinite")
+            token = torch.multinomial(distribution.softmax(dim=-1), 1)  # (B, 1)
+            tokens.append(token)
+            logprobs.append(distribution.gather(-1, token))
+            attention = torch.cat([attention, torch.ones_like(token)], dim=1)
+            going &= ~torch.isin(token, stops)  # what a row says after EOS is cut off below
+        tokens, logprobs = torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1)  # (B, T)
         groups = [Group(prompt, one, []) for prompt, one in zip(prompts, encoded)]
         for row, (ids, values) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
             stop = next((t for t, id in enumerate(ids) if id in self.eos_token_ids), None)
@@ -268,32 +266,6 @@ class Policy:
         copies = torch.tensor(copies, device=self.device)
         cache.batch_select_indices(copies)
         return ids[copies], attention[copies], positions[..., copies, :], cache
-
-
-class BehaviorRecorder(LogitsProcessor):
-    """Turns logits into the log-probs that are sampled from, and keeps those of drawn tokens.
-
-    `generate` calls it once per token, before that token is drawn, so each call first records the
-    token drawn last.
-    """
-
-    def __init__(self, policy: Policy, temperature: float):
-        self.policy, self.temperature = policy, temperature
-        self.drawn, self.distribution = [], None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.distribution is not None:
-            self.drawn.append(self.distribution.gather(-1, input_ids[:, -1:]))
-        self.distribution = self.policy.sampling_logprobs(scores, self.temperature)  # (B, V)
-        if self.distribution.isnan().any():
-            raise FloatingPointError("the policy's logits are nan or infinite")
-        return self.distribution
-
-    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probs (B, T) of all sampled tokens (B, T); what stands after EOS means nothing."""
-        if len(self.drawn) < tokens.shape[1]:
-            self.drawn.append(self.distribution.gather(-1, tokens[:, -1:]))
-        return torch.cat(self.drawn, dim=-1)[:, : tokens.shape[1]]
 
 
 def auto_class(config):
