@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from plumbing import UsageError
+from plumbing.attention import without_masks
 from plumbing.encode import (
     config_of,
     encode,
@@ -72,6 +74,7 @@ class Policy:
         self.tokenizer = load_tokenizer(path)
         self.image_processor, self.image_token_id = image_parts(path)
         self.model = load_model(path, self.dtype)
+        without_masks(self.model)
         self.model.to(self.device).eval()  # no dropout: sampler and trainer are one function
         self.never_sampled = vision_token_ids(self.model.config)
         self.eos_token_ids = stop_ids(path, self.tokenizer)
@@ -133,7 +136,7 @@ class Policy:
             token = torch.multinomial(distribution.softmax(dim=-1), 1)  # (B, 1)
             tokens.append(token)
             logprobs.append(distribution.gather(-1, token))
-            attention = torch.cat([attention, torch.ones_like(token)], dim=1)
+            attention = longer(attention, 1)
             going &= ~torch.isin(token, stops)  # what a row says after EOS is cut off below
         tokens, logprobs = torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1)  # (B, T)
         groups = [Group(prompt, one, []) for prompt, one in zip(prompts, encoded)]
@@ -176,7 +179,7 @@ class Policy:
         mask = steps < lengths[:, None]  # (B, T)
         hidden = self.model.base_model(
             input_ids=torch.cat([ids[:, -1:], targets[:, :-1]], dim=1),  # each predicts the next
-            attention_mask=torch.cat([attention, mask[:, :-1].to(attention.dtype)], dim=1),
+            attention_mask=longer(attention, targets.shape[1] - 1),
             position_ids=positions[..., -1:] + steps,
             past_key_values=cache,
         ).last_hidden_state  # (B, T, H)
@@ -220,7 +223,7 @@ class Policy:
 
     def prefill_prompts(
         self, rows: list[EncodedPrompt]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DynamicCache]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, DynamicCache]:
         """Runs each distinct prompt once, all but its last token, and copies its keys and values.
 
         So a group's prompt with its images is computed once, not G times, in sampling and in
@@ -228,8 +231,9 @@ class Policy:
         arXiv 2506.05433).
 
         Returns:
-            of the B rows, padded on the left: token ids (B, S), attention mask (B, S),
-            positions (3, B, S), of a text model (B, S), and a cache of length S - 1.
+            of the B rows, padded on the left: token ids (B, S), attention mask (B, S) or None
+            where nothing is padded, positions (3, B, S), of a text model (B, S), and a cache of
+            length S - 1.
         """
         distinct = {id(encoded): encoded for encoded in rows}
         prompts, order = list(distinct.values()), list(distinct)
@@ -257,7 +261,7 @@ class Policy:
         cache = DynamicCache()  # without the config: a sliding window masks keys, and drops none
         self.model.base_model(
             input_ids=ids[:, :-1],
-            attention_mask=attention[:, :-1],
+            attention_mask=longer(attention, -1) if any(padding) else None,
             position_ids=positions[..., :-1],
             past_key_values=cache,
             **images,
@@ -265,7 +269,13 @@ class Policy:
         copies = [order.index(id(encoded)) for encoded in rows]  # (B,)
         copies = torch.tensor(copies, device=self.device)
         cache.batch_select_indices(copies)
-        return ids[copies], attention[copies], positions[..., copies, :], cache
+        attention = attention[copies] if any(padding) else None
+        return ids[copies], attention, positions[..., copies, :], cache
+
+
+def longer(attention: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """The mask (B, S) with so many tokens more, or fewer. Padding after a row needs no mask."""
+    return attention if attention is None else pad(attention, (0, tokens), value=1)
 
 
 def auto_class(config):
