@@ -58,6 +58,7 @@ from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, wr
 from plumbing.rollout import Group, batched
 from plumbing.track import Curve
 
+SUBMISSION = 1024  # sequences that vLLM gets at once: it queues them, and waits for no chunk's end
 LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step
 
 
@@ -112,6 +113,11 @@ def sampler_of(policy: Policy, config, prompts: PromptSet) -> Policy | vllm_samp
     engine = vllm_sampler.engine_of(policy, config)
     engine.sync(policy, [prompts[row] for row in range(min(2, len(prompts)))], config.temperature)
     return engine
+
+
+def at_once(config, usual: int) -> int:
+    """How many sequences are sampled at a time outside of a step; transformers has no queue."""
+    return SUBMISSION if config.sampler == "vllm" else usual
 
 
 def sampled_tokens(groups: Iterable[Group]) -> int:
@@ -240,10 +246,16 @@ class Run:
         self.clock.append(time.perf_counter())
         return groups
 
-    def ask(self, prompts: PromptSet, rows: Sequence[int], samples: int, *key) -> Iterator[Group]:
-        """Scored answers outside of a step, `samples` per prompt. `key` names the occasion."""
+    def ask(
+        self, prompts: PromptSet, rows: Sequence[int], samples: int, *key, usual: int = 0
+    ) -> Iterator[Group]:
+        """Scored answers outside of a step, `samples` per prompt. `key` names the occasion.
+
+        transformers samples `usual` of them at a time, by default as many as in a step.
+        """
         config = self.config
-        size = max(1, config.prompts_per_step * config.group_size // samples)  # as in a step
+        usual = usual or config.prompts_per_step * config.group_size
+        size = max(1, at_once(config, usual) // samples)
         bar = tqdm(total=len(rows), desc=str(key[0]), leave=False, delay=3)
         for chunk, some in enumerate(batched(rows, size)):
             seed, asked = derived_seed(config.seed, *key, chunk * size), [prompts[r] for r in some]
@@ -259,7 +271,8 @@ class Run:
         """Mean accuracy of `eval_samples` answers to each held-out prompt, or the exact one."""
         rows, samples = range(len(self.held_out)), self.config.eval_samples
         if samples:
-            groups = self.ask(self.held_out, rows, samples, "evaluate", step)
+            usual = 512 if self.config.in_world else 0  # a world's answers are short
+            groups = self.ask(self.held_out, rows, samples, "evaluate", step, usual=usual)
             accuracies = [group.pass_rate for group in groups]
         else:
             accuracies = exact_accuracies(self.policy, self._right_texts, self.config)

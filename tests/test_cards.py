@@ -3,8 +3,10 @@
 import hashlib
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
+from conftest import group_of
 from transformers import AutoConfig, AutoTokenizer
 
 import verifier
@@ -169,3 +171,27 @@ def test_who_learns_from_a_teacher_is_evaluated_by_sampling(tmp_path):
     assert LUFFYConfig().eval_samples == 4 and LUFFYConfig(eval_samples=0).eval_samples == 0
     assert NPOConfig(model="cards_lax").eval_samples == 4
     assert NPOConfig(model="x", dataset="y").eval_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "evaluated", "asked_again"),
+    [
+        ({"sampler": "hf"}, [128, 72], [3] * 66 + [2]),  # 512 and 2 * 7 sequences, 4 to a prompt
+        ({"sampler": "vllm"}, [200], [200]),  # within 1024
+        ({"sampler": "hf", "dataset": "other"}, [3] * 66 + [2], [3] * 66 + [2]),
+    ],
+)
+def test_how_many_sequences_are_sampled_at_a_time(monkeypatch, flags, evaluated, asked_again):
+    seen = []
+
+    def sample(prompts, samples, *_):
+        seen.append(len(prompts))
+        return [group_of([1.0, 0.0, 0.0, 0.0]) for _ in prompts]
+
+    monkeypatch.setattr(verifier, "score", lambda groups: None)
+    run, prompts = Run.__new__(Run), world_prompts("cards", 2, "held_out", 200)
+    run.config = GRPOConfig(prompts_per_step=2, group_size=7, eval_samples=4, **flags)
+    run.sampler, run.held_out = SimpleNamespace(sample=sample), prompts
+    assert run.evaluate(5) == {"eval/accuracy": 0.25} and seen == evaluated
+    seen.clear()
+    assert len([*run.ask(prompts, range(200), 4, "probe", 5)]) == 200 and seen == asked_again
