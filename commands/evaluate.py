@@ -42,7 +42,7 @@ from plumbing.model import Policy
 from plumbing.own_code import is_function
 from plumbing.rollout import Prompt, batched
 from plumbing.rows import BOXED
-from plumbing.run import derived_seed
+from plumbing.run import SUBMISSION, derived_seed
 from plumbing.settings import WORLDS, ModelConfig, within
 
 
@@ -59,7 +59,7 @@ class EvaluateConfig(ModelConfig):
     samples: int = 1  # K answers to each item
     temperature: float = 1.0  # as in training; that of the paper is not in our sources
     max_new_tokens: int | None = None  # longest answer [worlds 80, else 4096]
-    batch_size: int | None = None  # answers at a time [worlds 64, else 16; with vllm 256]
+    batch_size: int | None = None  # answers at a time [worlds 64, else 16; with vllm 1024]
     seed: int = 0  # of sampling
 
     dry_run = fresh = False  # of training; `command_line` asks for them
@@ -72,7 +72,7 @@ class EvaluateConfig(ModelConfig):
         if self.max_new_tokens is None:
             self.max_new_tokens = 80 if self.in_world else 4096
         if self.batch_size is None:
-            self.batch_size = 64 if self.in_world else 256 if self.sampler == "vllm" else 16
+            self.batch_size = 64 if self.in_world else SUBMISSION if self.sampler == "vllm" else 16
 
     @property
     def names(self) -> list[str]:

@@ -30,7 +30,7 @@ from plumbing.encode import (
 from plumbing.files import append, is_sealed, json_lines, read_jsonl, seal_of, write_aside
 from plumbing.model import Policy
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
-from plumbing.run import derived_seed, sampled_tokens, sampler_of
+from plumbing.run import at_once, derived_seed, sampled_tokens, sampler_of
 
 VERSION = 3  # of the file's format
 
@@ -179,7 +179,8 @@ def build_guide_cache(
         lines = [header]
     if len(lines) == 1 + len(rows):
         return  # it is whole
-    size = config.prompts_per_step
+    count = config.guide_samples
+    size = max(1, at_once(config, config.prompts_per_step * count) // count)  # prompts
     done = (len(lines) - 1) // size * size  # whole batches
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, json_lines(lines[: 1 + done]))
@@ -189,7 +190,7 @@ def build_guide_cache(
     with tqdm(total=len(rows), initial=done, desc=name) as bar:
         for first in range(done, len(rows), size):
             asked = [prompts[row] for row in rows[first : first + size]]
-            seed, count = derived_seed(config.seed, "guide", first), config.guide_samples
+            seed = derived_seed(config.seed, "guide", first)
             groups = sampler.sample(asked, count, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
             some = zip(rows[first:], groups)

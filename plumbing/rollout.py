@@ -94,6 +94,31 @@ def samples_with_signal(groups: list[Group], advantages: torch.Tensor) -> list[S
     ]
 
 
+def micro_batches(samples: list[Sample], config) -> list[list[Sample]]:
+    """The samples in micro-batches of about equal lengths, as padding is computed, too.
+
+    Each micro-batch computes its prompts once. So two orders compete: by length within each group,
+    where prompts stay shared, and by length over all groups, where answers are padded least. The
+    one with fewer tokens wins, but none may have a micro-batch longer than the flags' longest.
+    """
+
+    def length(sample: Sample) -> int:
+        return len(sample.completion.token_ids)
+
+    def tokens(some: list[Sample]) -> int:
+        prompts = {id(sample.encoded): len(sample.encoded.token_ids) for sample in some}
+        return len(some) * max(map(length, some)) + len(prompts) * max(prompts.values())
+
+    size, places = config.micro_batch_size, {id(s.encoded): n for n, s in enumerate(samples)}
+    in_groups = sorted(samples, key=lambda s: (places[id(s.encoded)], length(s)))
+    shared, by_length = (
+        list(batched(order, size)) for order in (in_groups, sorted(samples, key=length))
+    )
+    longest = size * config.max_new_tokens + config.max_prompt_tokens
+    fewer = sum(map(tokens, by_length)) < sum(map(tokens, shared))
+    return by_length if fewer and max(map(tokens, by_length)) <= longest else shared
+
+
 def log_q_of(
     samples: list[Sample], logprobs: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

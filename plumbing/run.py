@@ -10,6 +10,7 @@ and the same command continues a run from its newest checkpoint to the same bits
 after that checkpoint is dropped and done again.
 """
 
+import functools
 import hashlib
 import random
 import statistics
@@ -41,6 +42,7 @@ from plumbing.checkpoints import (
 from plumbing.command import how_to_resume, open_directory
 from plumbing.data import PromptSet, load_prompts
 from plumbing.encode import check_start
+from plumbing.exact import exact_accuracies, right_texts
 from plumbing.files import append, json_lines, read_jsonl, write_aside
 from plumbing.memory import rehearse
 from plumbing.metrics import (
@@ -55,6 +57,7 @@ from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, wr
 from plumbing.rollout import Group, batched
 from plumbing.track import Curve
 
+SUBMISSION = 1024  # sequences that vLLM gets at once: it queues them, and waits for no chunk's end
 LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step
 
 
@@ -111,29 +114,13 @@ def sampler_of(policy: Policy, config, prompts: PromptSet) -> Policy | vllm_samp
     return engine
 
 
+def at_once(config, usual: int) -> int:
+    """How many sequences are sampled at a time outside of a step; transformers has no queue."""
+    return SUBMISSION if config.sampler == "vllm" else usual
+
+
 def sampled_tokens(groups: Iterable[Group]) -> int:
     return sum(len(c.token_ids) for group in groups for c in group.completions)
-
-
-@torch.no_grad()
-def exact_accuracies(policy: Policy, prompts: PromptSet, config) -> list[float]:
-    """Each prompt's probability of its one right text, `\\boxed{gold}`, by teacher forcing.
-
-    It is what the mean accuracy of ever more sampled answers tends to, without their noise and for
-    one forward pass, if the policy writes nothing else that is right, as in the worlds. A teacher's
-    way to the box is another text.
-    """
-    found = []
-    for some in batched(range(len(prompts)), config.prompts_per_step * config.group_size):
-        rows = []
-        for prompt in (prompts[row] for row in some):
-            ids = policy.tokenizer(f"\\boxed{{{prompt.gold}}}").input_ids
-            rows.append((policy.encode(prompt), [*ids, policy.eos_token_ids[0]]))
-        logprobs, _ = policy.logprobs(rows, config.temperature)  # (B, T)
-        chances = logprobs.double().sum(dim=1).exp().tolist()
-        fits = (len(ids) <= config.max_new_tokens for _, ids in rows)
-        found += [chance if all_of_it else 0.0 for chance, all_of_it in zip(chances, fits)]
-    return found
 
 
 class Run:
@@ -256,10 +243,16 @@ class Run:
         self.clock.append(time.perf_counter())
         return groups
 
-    def ask(self, prompts: PromptSet, rows: Sequence[int], samples: int, *key) -> Iterator[Group]:
-        """Scored answers outside of a step, `samples` per prompt. `key` names the occasion."""
+    def ask(
+        self, prompts: PromptSet, rows: Sequence[int], samples: int, *key, usual: int = 0
+    ) -> Iterator[Group]:
+        """Scored answers outside of a step, `samples` per prompt. `key` names the occasion.
+
+        transformers samples `usual` of them at a time, by default as many as in a step.
+        """
         config = self.config
-        size = max(1, config.prompts_per_step * config.group_size // samples)  # as in a step
+        usual = usual or config.prompts_per_step * config.group_size
+        size = max(1, at_once(config, usual) // samples)
         bar = tqdm(total=len(rows), desc=str(key[0]), leave=False, delay=3)
         for chunk, some in enumerate(batched(rows, size)):
             seed, asked = derived_seed(config.seed, *key, chunk * size), [prompts[r] for r in some]
@@ -275,15 +268,21 @@ class Run:
         """Mean accuracy of `eval_samples` answers to each held-out prompt, or the exact one."""
         rows, samples = range(len(self.held_out)), self.config.eval_samples
         if samples:
-            groups = self.ask(self.held_out, rows, samples, "evaluate", step)
+            usual = 512 if self.config.in_world else 0  # a world's answers are short
+            groups = self.ask(self.held_out, rows, samples, "evaluate", step, usual=usual)
             accuracies = [group.pass_rate for group in groups]
         else:
-            accuracies = exact_accuracies(self.policy, self.held_out, self.config)
+            accuracies = exact_accuracies(self.policy, self._right_texts, self.config)
         found, parts = {"eval/accuracy": statistics.fmean(accuracies)}, self.held_out.parts
         for name in sorted({*parts}):
             some = [accuracy for accuracy, part in zip(accuracies, parts) if part == name]
             found[f"eval/accuracy_{name}"] = statistics.fmean(some)
         return found
+
+    @functools.cached_property
+    def _right_texts(self) -> list:
+        """Of the held-out prompts, encoded once: an evaluation would take twice as long."""
+        return right_texts(self.policy, self.held_out)
 
     def end_step(
         self, step: int, groups: list[Group], stats: dict, mixed: list[Group] | None = None
