@@ -13,6 +13,7 @@ import torch
 
 from plumbing import UsageError
 from plumbing.checkpoints import checkpoint_state
+from plumbing.lora import adapter_rank
 from plumbing.rows import BOXED
 from worlds import cards, staircase
 
@@ -31,6 +32,8 @@ BY_WORLD = {
     "keep": ("all", "none"),
     "min_gain": (0.04, 0.01),
 }
+
+INSTALL = "pip install -r requirements-gpu.txt"
 
 # Flags that change nothing in what a run computes
 MAY_CHANGE_ON_RESUME = {
@@ -56,7 +59,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.sampler == "auto":
-            use_vllm = self.on_gpu and vllm_installed() and not self.in_world
+            use_vllm = self.on_gpu and installed("vllm") and not self.in_world
             self.sampler = "vllm" if use_vllm else "hf"
         if self.model == "staircase" and self.borrow_rate is None:
             self.borrow_rate = staircase.BORROW_RATE.get(self.borrows)
@@ -79,8 +82,20 @@ class ModelConfig:
         """Of weights and gradients: bf16 on CUDA; the embedded worlds are fp32 everywhere."""
         return "bf16" if self.on_gpu and not self.in_world else "fp32"
 
+    @property
+    def where(self) -> str:
+        """The first line of a run: device, dtype and sampler, and why one is not the best."""
+        device, sampler = "cpu", self.sampler
+        if self.on_gpu:
+            device = torch.cuda.get_device_name(None if self.device == "auto" else self.device)
+        elif self.device != "cpu":
+            device += f" (torch {torch.__version__} finds no CUDA)"
+        if self.on_gpu and not self.in_world and not installed("vllm"):
+            sampler += f", many times slower than vllm, which is not installed: {INSTALL}"
+        return f"device {device} | {self.dtype} | sampler {sampler}"
+
     def check(self) -> None:
-        """Raises UsageError for the first value that makes no sense."""
+        """Raises UsageError for the first value that makes no sense, or what is not installed."""
         within(self, "borrows", least=1, most=2)
         if self.model != "staircase" and self.borrow_rate is not None:
             raise UsageError(f"--borrow-rate {self.borrow_rate}: needs --model staircase")
@@ -88,10 +103,9 @@ class ModelConfig:
             within(self, "borrow_rate", above=0, below=1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: must be auto, cpu, cuda or cuda:N")
-        if self.sampler == "vllm" and not vllm_installed():
+        if self.sampler == "vllm" and not installed("vllm"):
             raise UsageError(
-                "--sampler vllm: vllm is not installed; pip install -r requirements-gpu.txt, "
-                "or use --sampler hf"
+                f"--sampler vllm: vllm is not installed; {INSTALL}, or use --sampler hf"
             )
         if self.sampler == "vllm" and self.device not in ("auto", "cpu", "cuda", "cuda:0"):
             raise UsageError(
@@ -187,6 +201,13 @@ class RunConfig(ModelConfig):
             )
         within(self, "steps", above=self.start_step, of="the step of --start")
         within(self, "lora", least=0)
+        rank = self.lora or adapter_rank(self.model_path)
+        if rank and not installed("peft"):
+            raise UsageError(f"--lora {rank}: needs peft; {INSTALL}")
+        if self.dtype == "bf16" and not rank and not installed("torchao"):
+            raise UsageError(
+                f"bf16 weights are trained with torchao's AdamW: {INSTALL}, or use --lora 64"
+            )
         within(self, "vllm_memory", above=0, below=1)
         if not re.fullmatch(r"(all|none|\d+)(,\d+)*", self.keep):
             raise UsageError(f"--keep {self.keep}: must be all, none, or steps as in 40,100")
@@ -210,5 +231,5 @@ def within(config, name: str, least=None, most=None, above=None, below=None, of=
         raise UsageError(f"{flag} {value}: must be {limits}{of and f' ({of})'}")
 
 
-def vllm_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
