@@ -1,5 +1,6 @@
 """What a GPU changes, with one said to be there: no test here needs it."""
 
+import os
 import re
 
 import pytest
@@ -70,3 +71,12 @@ def test_what_is_missing_is_said_by_check(card):
     card("torchao")
     with pytest.raises(UsageError, match="--sampler vllm: vllm is not installed; pip install"):
         GRPOConfig(model="some/model", sampler="vllm").check()
+
+
+def test_cudnn_attention_is_off_and_segments_may_grow():
+    import plumbing.model  # noqa: F401, does both where it is imported
+
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    # torch reads it when it first allocates, also where it was imported before
+    assert "expandable_segments:True" in torch._C._accelerator_getAllocatorSettings()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
