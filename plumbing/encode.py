@@ -63,8 +63,8 @@ def image_parts(path: str | Path) -> tuple:
         shape = config_of(path)
         if not hasattr(shape, "vision_config"):
             return None, None
-        # "pil" does without torchvision
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        # torchvision's where it is installed, else PIL's, as vLLM does: they resize differently
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         return processor, shape.image_token_id
     except Exception as error:
         raise unloadable(path, error) from error

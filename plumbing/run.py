@@ -222,8 +222,8 @@ class Run:
         if kind is FloatingPointError:
             raise UsageError(
                 f"step {now}: {error}; stopped. The last checkpoint is {kept}; where numbers "
-                "grew too large, a lower --lr or --max-grad-norm helps; where the steps before were "
-                "calm, an attention kernel may be at fault: report the GPU and torch's version"
+                "grew too large, a lower --lr or --max-grad-norm helps; if grad_norm was calm, an "
+                "attention kernel may be at fault: report the GPU and torch's version"
             ) from error
         if kind is KeyboardInterrupt:
             again = how_to_resume(self.config)

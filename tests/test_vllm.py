@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("vllm", reason="pip install -r requirements-gpu.txt")
 
@@ -84,6 +85,23 @@ def test_logprobs_are_the_trainers(sampler, saved, prompts):
     assert first.text == policy.tokenizer.decode(first.token_ids, skip_special_tokens=True)
     read = [policy.encode(prompt).token_ids for prompt in prompts]
     assert [group.encoded.token_ids for group in groups] == read
+
+
+def test_both_sides_see_the_same_pixels(sampler, saved):
+    """Of a photo that is resized. PIL resizes otherwise than torchvision, which vLLM brings."""
+    from transformers import AutoImageProcessor
+
+    noise = torch.rand(450, 600, 3, generator=torch.Generator().manual_seed(2))
+    photo = Image.fromarray((255 * noise).byte().numpy())
+    content = [{"type": "image"}, {"type": "text", "text": "Start at 27 and add the cards."}]
+    prompt = Prompt("photo", [{"role": "user", "content": content}], [photo], "27")
+    policy, groups = Policy(saved), sampler.sample([prompt], 4, 40, 1.3, seed=5)
+    patches = groups[0].encoded.image_grid_thw.tolist()
+    assert patches == [[1, 28, 38]]  # 448 x 608 pixels
+    assert difference(policy, groups) < 1e-4
+    pil = AutoImageProcessor.from_pretrained(saved, backend="pil", trust_remote_code=False)
+    other = pil(images=[photo], return_tensors="pt").pixel_values
+    assert (other - groups[0].encoded.pixel_values).abs().max() > 0.01
 
 
 def test_the_seed_decides(sampler, prompts):
