@@ -12,6 +12,7 @@ requirements-gpu.txt says how to install it, also on a CPU.
 """
 
 import gc
+import math
 import os
 
 # all of these are read when vLLM is imported
@@ -61,6 +62,11 @@ class VLLMSampler:
         self.never_sampled = set(vision_token_ids(config))
         self.eos_token_ids = stop_ids(path, self.tokenizer)
         on_gpu, positions = torch.cuda.is_available(), config.get_text_config()
+        pictures = None
+        if parts := self.image_processor:  # memory is set aside for the largest one that can come
+            side = parts.patch_size * parts.merge_size * math.ceil(max_prompt**0.5)
+            largest = {"count": MAX_IMAGES, "width": side, "height": side}
+            pictures = {"image": largest, "video": 0}
         self.llm = LLM(
             model=str(path),
             dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype],
@@ -69,7 +75,9 @@ class VLLMSampler:
             disable_log_stats=True,
             trust_remote_code=False,
             max_model_len=min(positions.max_position_embeddings, max_prompt + max_new_tokens),
-            limit_mm_per_prompt={"image": MAX_IMAGES, "video": 0} if self.image_processor else None,
+            limit_mm_per_prompt=pictures,
+            max_num_seqs=256,
+            max_num_batched_tokens=4096 if on_gpu else None,  # its default on a large GPU: 16,384
             gpu_memory_utilization=memory,
             enforce_eager=not on_gpu,
             enable_chunked_prefill=on_gpu,  # the CPU build cannot combine it with seeds
