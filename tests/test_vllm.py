@@ -222,6 +222,31 @@ def test_a_broken_sync_is_caught(sampler, saved, prompts, monkeypatch, part, siz
     sampler.sync(policy, prompts[:2], 1.0)
 
 
+def test_every_weight_is_compared(monkeypatch, tmp_path):
+    """Of a model with a head of its own, in the layout of a GPU: linear layers are not packed, and
+    q, k, v and gate, up are fused."""
+
+    def unpacked(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", unpacked)
+    policy, draw = Policy(staircase.base_at(0.5)), torch.Generator().manual_seed(7)
+    engine = VLLMSampler(policy.base_path, max_new_tokens=4)
+    engine._compare_weights(policy)
+    found = []
+    for name, weight in policy.model.state_dict().items():
+        place = tuple(int(torch.randint(n, (), generator=draw)) for n in weight.shape)
+        before, weight[place] = weight[place].clone(), weight[place] + 1e-3
+        with pytest.raises(RuntimeError, match=f"weights: {name} holds .* there and .* here"):
+            engine._compare_weights(policy)
+        weight[place] = before
+        found.append(name)
+    layers = policy.model.config.text_config.num_hidden_layers
+    assert sum("language_model.layers" in name for name in found) == 11 * layers
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} < {*found}
+    engine._compare_weights(policy)
+
+
 def test_one_engine_per_process(saved, monkeypatch):
     """Other weights of the same shapes go into it; other shapes take another in its place."""
     built = []
