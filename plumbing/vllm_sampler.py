@@ -42,8 +42,8 @@ from plumbing.rollout import Completion, Group, Prompt
 MAX_PROMPT = 32_768  # tokens, images included
 PROBE_TOKENS = 16
 FUSED = {"q|k|v": "qkv", "gate|up": "gate_up"}  # layers of ours that are one in vLLM
-# Largest difference on the probe, in nats per token. In bf16 with images 0.3 is normal.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+# Mean difference on the probe, in nats per token. Of one token in bf16 0.5 to 0.7 is normal.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 
 class VLLMSampler:
@@ -151,7 +151,7 @@ class VLLMSampler:
         per token.
 
         Raises:
-            RuntimeError: it is larger than rounding explains: vLLM samples another policy.
+            RuntimeError: they differ by more than rounding explains: vLLM samples another policy.
         """
         weights = {"weights_iterator": merged_weights(policy.model)}
         self.llm.collective_rpc("reload_weights", kwargs=weights)
@@ -167,13 +167,14 @@ class VLLMSampler:
             logprobs, mask = policy.logprobs(asked, temperature)  # (B, T)
         theirs = torch.tensor([value for _, c in rows for value in c.behavior_logprobs])
         ours = logprobs[mask].float().cpu()
-        worst = (ours - theirs).abs().argmax()
-        self.difference = (ours - theirs).abs()[worst].item()
-        if not self.difference <= TOLERANCE.get(policy.dtype, TOLERANCE[torch.float32]):
+        differences = (ours - theirs).abs()
+        worst, mean = differences.argmax(), differences.mean().item()
+        self.difference = differences[worst].item()
+        if not mean <= TOLERANCE.get(policy.dtype, TOLERANCE[torch.float32]):
             raise RuntimeError(
                 "vLLM does not have the trainer's weights: of a token of the probe its log-prob is "
-                f"{theirs[worst]:.4f}, the trainer's {ours[worst]:.4f}. The sync failed; use "
-                "--sampler hf, and report it"
+                f"{theirs[worst]:.4f}, the trainer's {ours[worst]:.4f}, and the mean difference is "
+                f"{mean:.4f}. The sync failed; use --sampler hf, and report it"
             )
 
     def _compare_weights(self, policy: Policy) -> None:
