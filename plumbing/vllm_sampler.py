@@ -109,6 +109,7 @@ class VLLMSampler:
                     top_p=1.0,
                     top_k=0,
                     logprobs=0,
+                    detokenize=False,  # `_group` decodes whole answers
                     max_tokens=max_new_tokens,
                     logit_bias=dict.fromkeys(self.never_sampled, float("-inf")),
                     stop_token_ids=self.eos_token_ids,
