@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import verifier
-from plumbing import UsageError, vllm_sampler
+from plumbing import UsageError
 from plumbing.checkpoints import (
     checked,
     checkpoint_bytes,
@@ -42,7 +42,7 @@ from plumbing.command import how_to_resume, open_directory
 from plumbing.data import PromptSet, load_prompts
 from plumbing.encode import check_start
 from plumbing.files import append, json_lines, read_jsonl, write_aside
-from plumbing.memory import rehearse
+from plumbing.memory import in_use, peaks, rehearse
 from plumbing.metrics import (
     answer_metrics,
     batch_arithmetic,
@@ -55,6 +55,7 @@ from plumbing.own_code import load_function
 from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, write_rollouts
 from plumbing.rollout import Group, batched
 from plumbing.track import Curve
+from plumbing.vllm_sampler import sampler_of
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step
 
@@ -101,15 +102,6 @@ def evaluations(out: str | Path) -> list[dict]:
     """The metrics lines with a held-out accuracy, by step."""
     lines = current_lineage(read_jsonl(Path(out) / "metrics.jsonl"))
     return [line for line in lines if "eval/accuracy" in line]
-
-
-def sampler_of(policy: Policy, config, prompts: PromptSet) -> Policy | vllm_sampler.VLLMSampler:
-    """What samples for a policy: itself, or vLLM with its weights. Both have `sample`."""
-    if config.sampler == "hf":
-        return policy
-    engine = vllm_sampler.engine_of(policy, config)
-    engine.sync(policy, [prompts[row] for row in range(min(2, len(prompts)))], config.temperature)
-    return engine
 
 
 def sampled_tokens(groups: Iterable[Group]) -> int:
@@ -189,8 +181,9 @@ class Run:
         elif source:
             tqdm.write(f"{source}: has no optimizer.pt; AdamW's moments start at 0")
         self.sync()
-        if self.policy.device.type == "cuda":
-            rehearse(self.policy, config)
+        self._hand_over()
+        if self.config.on_gpu:
+            rehearse(self.policy, config, self.optimizer, getattr(self.sampler, "held", 0))
 
     def sync(self) -> None:
         """The sampler gets the policy's weights; the policy itself has them anyway."""
@@ -257,8 +250,17 @@ class Run:
         size = group_size or config.group_size
         groups = self.sampler.sample(prompts, size, config.max_new_tokens, config.temperature, seed)
         self.sampled_tokens += sampled_tokens(groups)
+        self._hand_over()
         self.clock.append(time.perf_counter())
         return groups
+
+    def _hand_over(self) -> None:
+        """From sampling to training: vLLM sleeps, and the GPU's memory is measured anew."""
+        if self.config.on_gpu:
+            self.sampling_gib = in_use()
+            torch.cuda.reset_peak_memory_stats()
+        if self.config.sampler == "vllm":
+            self.sampler.sleep()
 
     def ask(self, prompts: PromptSet, rows: Sequence[int], samples: int, *key) -> Iterator[Group]:
         """Scored answers outside of a step, `samples` per prompt. `key` names the occasion."""
@@ -274,6 +276,7 @@ class Run:
             bar.update(len(some))
             yield from groups
         bar.close()
+        self._hand_over()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Mean accuracy of `eval_samples` answers to each held-out prompt, or the exact one."""
@@ -302,6 +305,8 @@ class Run:
         metrics |= guide_metrics(step, mixed) if mixed else {}
         metrics["sampled_tokens"] = self.sampled_tokens
         metrics |= {"time/generate": sampled - start, "time/train": trained - sampled}
+        if self.config.on_gpu:
+            metrics |= peaks(self.sampling_gib, getattr(self.sampler, "held", 0))
         if self.config.sampler == "vllm":
             self.sync()
             metrics["time/sync"] = time.perf_counter() - trained

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from plumbing import UsageError
+from plumbing import UsageError, memory
 from plumbing.checkpoints import checkpoint_state
 from plumbing.lora import adapter_rank
 from plumbing.rows import BOXED
@@ -42,6 +42,7 @@ MAY_CHANGE_ON_RESUME = {
     "keep",
     "device",
     "vllm_memory",
+    "card_gb",
     "micro_batch_size",
     "rollouts",
     "track",
@@ -139,6 +140,7 @@ class RunConfig(ModelConfig):
     micro_batch_size: int | None = None  # sequences at a time, memory only [worlds 32, else 4]
     max_prompt_tokens: int = 4096  # longer prompts, images counted, are dropped (as the authors)
     vllm_memory: float = 0.35  # share of the GPU for vLLM's weights and cache
+    card_gb: float | None = None  # as if the GPU were so small: not its speed, nor CUDA's own 1 GB
     dry_run: bool = False  # print the batch arithmetic and the memory that it takes, and stop
 
     def __post_init__(self):
@@ -168,6 +170,14 @@ class RunConfig(ModelConfig):
         """Whether all that it learns from was written by a run's checkpoint, not by a teacher."""
         guide = getattr(self, "guide", None)
         return guide in (None, "self") or (Path(guide) / "state.json").is_file()
+
+    @property
+    def vllm_share(self) -> float:
+        """Of the GPU that is there."""
+        if not self.card_gb or not self.on_gpu:
+            return self.vllm_memory
+        total = torch.cuda.get_device_properties(0).total_memory
+        return self.vllm_memory * min(1.0, self.card_gb * 1e9 / total)
 
     @property
     def start_step(self) -> int:
@@ -209,8 +219,12 @@ class RunConfig(ModelConfig):
                 f"bf16 weights are trained with torchao's AdamW: {INSTALL}, or use --lora 64"
             )
         within(self, "vllm_memory", above=0, below=1)
+        if self.card_gb is not None:
+            within(self, "card_gb", above=0)
         if not re.fullmatch(r"(all|none|\d+)(,\d+)*", self.keep):
             raise UsageError(f"--keep {self.keep}: must be all, none, or steps as in 40,100")
+        if self.on_gpu and not self.dry_run:
+            memory.check_room(self)
 
 
 def within(config, name: str, least=None, most=None, above=None, below=None, of="") -> None:

@@ -25,6 +25,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 
+from plumbing.data import PromptSet
 from plumbing.encode import (
     MAX_IMAGES,
     config_of,
@@ -70,6 +71,8 @@ class VLLMSampler:
             side = parts.patch_size * parts.merge_size * math.ceil(max_prompt**0.5)
             largest = {"count": MAX_IMAGES, "width": side, "height": side}
             pictures = {"image": largest, "video": 0}
+        self.on_gpu, self.asleep = on_gpu, False
+        before = torch.cuda.memory_allocated() if on_gpu else 0
         self.llm = LLM(
             model=str(path),
             dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype],
@@ -84,7 +87,24 @@ class VLLMSampler:
             gpu_memory_utilization=memory,
             enforce_eager=not on_gpu,
             enable_chunked_prefill=on_gpu,  # the CPU build cannot combine it with seeds
+            enable_sleep_mode=on_gpu,
         )
+        # bytes of weights and cache; torch counts them on while vLLM sleeps
+        self.held = torch.cuda.memory_allocated() - before if on_gpu else 0
+
+    def sleep(self) -> None:
+        """Leaves the GPU to the update: weights go to the CPU, the cache is dropped.
+
+        Level 1. Level 2 drops the weights, and with them buffers of Qwen3-VL that no sync restores.
+        """
+        if self.on_gpu and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()  # after it has emptied torch's own cache
+            self.asleep = False
 
     def sample(
         self,
@@ -97,6 +117,7 @@ class VLLMSampler:
         """P groups of G completions; the same seed and prompts give the same ones."""
         from vllm import SamplingParams
 
+        self.wake()
         asked, settings = [], []
         for number, prompt in enumerate(prompts):
             ids = placeholder_ids(prompt, self.tokenizer, self.image_token_id)
@@ -154,6 +175,7 @@ class VLLMSampler:
         Raises:
             RuntimeError: they differ by more than rounding explains: vLLM samples another policy.
         """
+        self.wake()
         weights = {"weights_iterator": merged_weights(policy.model)}
         self.llm.collective_rpc("reload_weights", kwargs=weights)
         if not self.llm.reset_prefix_cache():
@@ -219,5 +241,14 @@ def engine_of(policy: Policy, config) -> VLLMSampler:
         torch.cuda.empty_cache()
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[policy.dtype]
         longest = config.max_new_tokens, dtype, config.max_prompt_tokens
-        ENGINE[key] = VLLMSampler(policy.base_path, *longest, config.vllm_memory)
+        ENGINE[key] = VLLMSampler(policy.base_path, *longest, config.vllm_share)
     return ENGINE[key]
+
+
+def sampler_of(policy: Policy, config, prompts: PromptSet) -> Policy | VLLMSampler:
+    """What samples for a policy: itself, or vLLM with its weights. Both have `sample`."""
+    if config.sampler == "hf":
+        return policy
+    engine = engine_of(policy, config)
+    engine.sync(policy, [prompts[row] for row in range(min(2, len(prompts)))], config.temperature)
+    return engine
