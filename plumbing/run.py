@@ -49,6 +49,7 @@ from plumbing.metrics import (
     guide_metrics,
     step_line,
     transcript,
+    warn_if_nothing_is_right,
 )
 from plumbing.model import Policy
 from plumbing.own_code import load_function
@@ -251,6 +252,8 @@ class Run:
         groups = self.sampler.sample(prompts, size, config.max_new_tokens, config.temperature, seed)
         self.sampled_tokens += sampled_tokens(groups)
         self._hand_over()
+        if step < config.steps:
+            self.train_prompts.prefetch(self.rows(step + 1))  # decodes pictures during the update
         self.clock.append(time.perf_counter())
         return groups
 
@@ -322,20 +325,10 @@ class Run:
             write_rollouts(rollouts_path(self.out, step, self.rollbacks), rows)
         tqdm.write(step_line(metrics, self.config.steps, self.config.prompts_per_step))
         if step == self.start_step + 20:
-            self._warn_if_nothing_is_right()
+            warn_if_nothing_is_right(read_jsonl(self.out / "metrics.jsonl"), self.out)
         self.step = step
         if last or step % self.config.save_every == 0 or str(step) in self._kept_steps():
             self.save()
-
-    def _warn_if_nothing_is_right(self) -> None:
-        lines = read_jsonl(self.out / "metrics.jsonl")
-        if not any(line.get("accuracy") for line in lines):
-            tqdm.write(
-                f"No answer was right in {len(lines) - 1} steps, so the policy learns nothing from "
-                f"accuracy. Look at gold and policy side by side in {self.out / 'samples.jsonl'}: "
-                "does the policy put its answer into \\boxed{}? Is it cut off (--max-new-tokens)? "
-                "Do the golds have a form that an answer can equal?"
-            )
 
     # ------------------------------------------------------------------------------ what is kept
 

@@ -14,6 +14,7 @@ from conftest import SMALL, cards_file, save
 from test_benchmarks import load
 
 import verifier
+from commands.merge import main as merge
 from grpo import GRPOConfig
 from plumbing import vllm_sampler
 from plumbing.data import load_prompts
@@ -245,6 +246,38 @@ def test_every_weight_is_compared(monkeypatch, tmp_path):
     assert sum("language_model.layers" in name for name in found) == 11 * layers
     assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} < {*found}
     engine._compare_weights(policy)
+
+
+def test_it_wakes_to_sample_and_to_sync(sampler, saved, prompts, monkeypatch):
+    """Calls alone: only a GPU can sleep."""
+    noted = []
+    monkeypatch.setattr(sampler.llm, "sleep", lambda level: noted.append(level))
+    monkeypatch.setattr(sampler.llm, "wake_up", lambda: noted.append("wake"))
+    sampler.sleep()
+    assert noted == []  # on a CPU it stays awake
+    monkeypatch.setattr(sampler, "on_gpu", True)
+    for act in (
+        lambda: sampler.sample(prompts[:1], 1, 2, 1.0, seed=1),
+        lambda: sampler.sync(Policy(saved), prompts[:2], 1.0),
+    ):
+        sampler.sleep()
+        sampler.sleep()
+        act()
+        assert noted == [1, "wake"]  # level 1
+        noted.clear()
+
+
+def test_merged_adapters_in_vllm(saved, sampler, prompts, tmp_path):
+    """The folder of `commands.merge` holds what vLLM gets in a sync, and loads as any model."""
+    policy = Policy(saved, lora=4)
+    perturb(policy, 2)
+    merge(save(policy, tmp_path / "step_000002", 2), tmp_path / "whole")
+    sampler.sync(policy, prompts[:2], 1.3)
+    whole = Policy(tmp_path / "whole")
+    sampler._compare_weights(whole)
+    engine = VLLMSampler(str(tmp_path / "whole"), max_new_tokens=20)
+    engine._compare_weights(policy)
+    assert difference(whole, engine.sample(prompts, 2, 20, 1.3, seed=8)) < 1e-4
 
 
 def test_one_engine_per_process(saved, monkeypatch):
