@@ -50,8 +50,10 @@ def counted(config, dtype: torch.dtype) -> dict[str, int]:
 
 
 def left(config, need: dict[str, int], size: float, vllm: bool) -> tuple[float, float]:
-    """Bytes of a GPU of `size` bytes that are left for activations in the update, where vLLM
-    sleeps, and while vLLM samples with the share that it is given."""
+    """Bytes of a GPU of `size` bytes that are left for activations in the update, and in sampling.
+
+    In the update vLLM sleeps. Its share has to hold the weights, too.
+    """
     update = size - need["weights"] - need["gradients"] - need["moments"]
     share = config.vllm_memory * size if vllm else 0.0
     sampling = size - share - need["weights"] - need["moments"]
@@ -84,6 +86,8 @@ def show(config) -> None:
 
 def check_room(config) -> None:
     """UsageError if the GPU has less free memory than is certain to be taken. Loads no weight."""
+    if config.device.startswith("cuda:"):
+        torch.cuda.set_device(config.device)  # all that is asked here is of it
     need, vllm = counted(config, DTYPES[config.dtype]), config.sampler == "vllm"
     free, total = torch.cuda.mem_get_info()
     size = min(free, (config.card_gb or math.inf) * 1e9)
@@ -99,9 +103,11 @@ def check_room(config) -> None:
 
 
 def limit(config, held: int) -> None:
-    """--card-gb: torch takes no more than such a card has. The `held` bytes of vLLM, which torch
-    counts on while it sleeps, come on top."""
-    total = torch.cuda.get_device_properties(0).total_memory
+    """--card-gb: torch takes no more in the update than such a card has.
+
+    The `held` bytes of vLLM come on top: torch counts them also while it sleeps.
+    """
+    _, total = torch.cuda.mem_get_info()
     if config.card_gb and config.card_gb * 1e9 + held < total:
         torch.cuda.set_per_process_memory_fraction((config.card_gb * 1e9 + held) / total)
 
@@ -113,8 +119,12 @@ def in_use() -> float:
 
 
 def peaks(sampling_gib: float, held: int) -> dict[str, float]:
-    """The peak of the trainer since sampling ended, without the `held` bytes of vLLM, and of the
-    whole GPU, of which `sampling_gib` were taken when sampling ended."""
+    """GiB: the trainer's peak since sampling ended, and the whole GPU's.
+
+    Args:
+        sampling_gib: what was taken when sampling ended.
+        held: bytes of vLLM, which are torch tensors, too.
+    """
     trainer = (torch.cuda.max_memory_allocated() - held) / GIB
     return {"memory_gib/trainer": trainer, "memory_gib/all": max(sampling_gib, in_use())}
 
@@ -134,8 +144,10 @@ def longest_prompt(policy: Policy, tokens: int) -> EncodedPrompt:
 
 
 def fits(policy: Policy, config, rows: int, moments: int) -> bool:
-    """Whether there is memory for forward and backward of `rows` of the longest sequences, beside
-    gradients and `moments` bytes. Leaves no gradient."""
+    """Whether forward and backward of `rows` of the longest sequences run.
+
+    Beside them lie gradients and `moments` bytes, as in mid-update. Leaves no gradient.
+    """
     group, filler = config.group_size, policy.eos_token_ids[0]
     prompts = -(-(rows + group - math.gcd(rows, group)) // group)  # at most, in one micro-batch
     longest = [longest_prompt(policy, config.max_prompt_tokens) for _ in range(prompts)]

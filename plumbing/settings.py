@@ -176,7 +176,7 @@ class RunConfig(ModelConfig):
         """Of the GPU that is there."""
         if not self.card_gb or not self.on_gpu:
             return self.vllm_memory
-        total = torch.cuda.get_device_properties(0).total_memory
+        _, total = torch.cuda.mem_get_info()
         return self.vllm_memory * min(1.0, self.card_gb * 1e9 / total)
 
     @property

@@ -215,10 +215,9 @@ class VLLMSampler:
                 place = re.sub(rf"\.({parts})_proj\.", f".{fused}_proj.", place)
             first = rows[place]
             rows[place] += len(weight)
-            other = theirs.get(place, weight[:0])  # a tied head is the embeddings
-            if other.numel() == 0:
+            other = theirs.get(place, weight[:0])[first : first + len(weight)].to(weight.device)
+            if other.shape != weight.shape:  # packed, or a tied head, which is the embeddings
                 continue
-            other = other[first : first + len(weight)].to(weight.device)
             if (differ := other != weight).any():
                 raise RuntimeError(
                     f"vLLM does not have the trainer's weights: {name} holds "

@@ -16,9 +16,9 @@ from plumbing import UsageError, memory
 from plumbing.files import read_jsonl
 from plumbing.model import Policy
 from plumbing.settings import RunConfig
+from plumbing.vllm_sampler import TOLERANCE, VLLMSampler
 
 GB = 10**9
-CARD = SimpleNamespace(total_memory=80 * GB)
 NEED = {"weights": 16 * GB, "gradients": 15 * GB, "moments": 14 * GB}
 
 
@@ -30,7 +30,6 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 ({device})")
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * GB, 80 * GB))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: CARD)
         monkeypatch.setattr("plumbing.settings.installed", lambda name: name in packages)
         monkeypatch.setattr(memory, "counted", lambda config, dtype: dict(NEED))
 
@@ -104,6 +103,7 @@ def test_cudnn_attention_is_off_and_segments_may_grow():
         ({"card_gb": 47}, ""),  # vLLM: 16.45 for 16
         ({"card_gb": 44, "sampler": "hf"}, r"moments 13.0 GiB\)"),
         ({"card_gb": 44, "dry_run": True}, ""),
+        ({"card_gb": 0.0}, "--card-gb 0.0: must be above 0"),
     ],
 )
 def test_too_little_memory_is_said_before_a_model_is_loaded(card, flags, message):
@@ -177,3 +177,28 @@ def test_vllm_sleeps_in_every_update_and_in_the_rehearsal(card, tmp_path, tiny, 
     _, *lines = read_jsonl(tmp_path / "metrics.jsonl")
     assert [line["memory_gib/trainer"] for line in lines] == [40, 40, 40]
     assert lines[0]["memory_gib/all"] == pytest.approx(10 * GB / memory.GIB)
+
+
+@pytest.mark.parametrize(("tokens", "stops"), [(1, False), (16, True)])
+def test_the_probe_stops_a_run_by_its_mean(base, prompts, monkeypatch, tokens, stops):
+    """0.7 nats of one token in 16 are 0.04 on average; 0.3 is allowed in bf16."""
+    groups = base.sample([prompts[0]], 1, 16, 1.0, seed=3)
+    (completion,) = groups[0].completions
+    assert len(completion.token_ids) == 16
+    shifted = [value - 0.7 * (t < tokens) for t, value in enumerate(completion.behavior_logprobs)]
+    completion.behavior_logprobs = shifted
+    nothing, engine = (lambda *words, **options: True), object.__new__(VLLMSampler)
+    caches = SimpleNamespace(reset_mm_cache=nothing, reset_encoder_cache=nothing)
+    engine.llm = SimpleNamespace(
+        collective_rpc=nothing, reset_prefix_cache=nothing, llm_engine=caches
+    )
+    engine.llm.apply_model = lambda function: [{}]
+    engine.asleep, engine.image_processor = False, None
+    monkeypatch.setattr(engine, "sample", lambda *words, **options: groups)
+    monkeypatch.setitem(TOLERANCE, torch.float32, TOLERANCE[torch.bfloat16])
+    if stops:
+        with pytest.raises(RuntimeError, match="and the mean difference is 0.7000. The sync"):
+            engine.sync(base, [], 1.0)
+    else:
+        engine.sync(base, [], 1.0)
+    assert engine.difference == pytest.approx(0.7, abs=1e-3)

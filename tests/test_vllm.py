@@ -44,6 +44,13 @@ def sampler(saved):
 
 
 @pytest.fixture(scope="module")
+def another():
+    """Makes further engines; they live on, since the end of one breaks the others."""
+    kept = []
+    return lambda path: kept.append(VLLMSampler(str(path), max_new_tokens=20)) or kept[-1]
+
+
+@pytest.fixture(scope="module")
 def prompts():
     """Six to eight cards; a text without an image; two images of different sizes."""
     some = [load_prompts(RunConfig())[0][row] for row in (0, 3, 4)]
@@ -223,7 +230,7 @@ def test_a_broken_sync_is_caught(sampler, saved, prompts, monkeypatch, part, siz
     sampler.sync(policy, prompts[:2], 1.0)
 
 
-def test_every_weight_is_compared(monkeypatch, tmp_path):
+def test_every_weight_is_compared(another, monkeypatch):
     """Of a model with a head of its own, in the layout of a GPU: linear layers are not packed, and
     q, k, v and gate, up are fused."""
 
@@ -232,7 +239,7 @@ def test_every_weight_is_compared(monkeypatch, tmp_path):
 
     monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", unpacked)
     policy, draw = Policy(staircase.base_at(0.5)), torch.Generator().manual_seed(7)
-    engine = VLLMSampler(policy.base_path, max_new_tokens=4)
+    engine = another(policy.base_path)
     engine._compare_weights(policy)
     found = []
     for name, weight in policy.model.state_dict().items():
@@ -267,15 +274,17 @@ def test_it_wakes_to_sample_and_to_sync(sampler, saved, prompts, monkeypatch):
         noted.clear()
 
 
-def test_merged_adapters_in_vllm(saved, sampler, prompts, tmp_path):
+def test_merged_adapters_in_vllm(saved, sampler, another, prompts, tmp_path):
     """The folder of `commands.merge` holds what vLLM gets in a sync, and loads as any model."""
-    policy = Policy(saved, lora=4)
-    perturb(policy, 2)
+    policy, draw = Policy(saved, lora=4), torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in policy.parameters():  # the adapters
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
     merge(save(policy, tmp_path / "step_000002", 2), tmp_path / "whole")
     sampler.sync(policy, prompts[:2], 1.3)
     whole = Policy(tmp_path / "whole")
     sampler._compare_weights(whole)
-    engine = VLLMSampler(str(tmp_path / "whole"), max_new_tokens=20)
+    engine = another(tmp_path / "whole")
     engine._compare_weights(policy)
     assert difference(whole, engine.sample(prompts, 2, 20, 1.3, seed=8)) < 1e-4
 
