@@ -42,8 +42,9 @@ from plumbing.model import Policy
 from plumbing.own_code import is_function
 from plumbing.rollout import Prompt, batched
 from plumbing.rows import BOXED
-from plumbing.run import SUBMISSION, derived_seed
+from plumbing.run import derived_seed
 from plumbing.settings import WORLDS, ModelConfig, within
+from plumbing.vllm_sampler import SUBMISSION
 
 
 @dataclass

@@ -39,6 +39,7 @@ def command_line(config_class, entry) -> None:
             return
         if config.fresh:
             start_over(config)
+        tqdm.write(config.where)
         entry(config)
     except (UsageError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +44,7 @@ HUB_COLUMNS = {  # of data sets on the hub that name them differently
 HUB_CONFIGS = {"open-r1/DAPO-Math-17k-Processed": "en"}  # of data sets that have several
 FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 LONGEST_TOKEN = 128  # characters, in Qwen's vocabulary
+THREAD = ThreadPoolExecutor(1)
 MAX_SHOWN = 1200  # characters of the prompt that is shown at the start
 
 
@@ -62,6 +64,7 @@ class PromptSet:
     parts: Sequence[str] = ()  # of a world that has several: the part of each row
     replaced: set[int] = field(default_factory=set)  # rows whose pixels are broken, so far
     content: str = ""  # a hash of all that is asked, pictures too
+    coming: dict[int, Future] = field(default_factory=dict)  # prompts that a thread makes
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -70,8 +73,17 @@ class PromptSet:
         """The id of a prompt, without making it; another's is asked if its picture is broken."""
         return f"{self.fingerprint}:{self.kept[place]}"
 
+    def prefetch(self, places: Sequence[int]) -> None:
+        """Makes prompts in a thread of its own, while something else is done, for asking once."""
+        self.coming.clear()
+        self.coming.update({place: THREAD.submit(self._made, place) for place in places})
+
     def __getitem__(self, place: int) -> Prompt:
         first = range(len(self))[place]  # IndexError behind the last, which ends a loop
+        coming = self.coming.pop(first, None)
+        return coming.result() if coming else self._made(first)
+
+    def _made(self, first: int) -> Prompt:
         for step in range(len(self)):
             row = self.kept[(first + step) % len(self)]
             try:

@@ -30,7 +30,8 @@ from plumbing.encode import (
 from plumbing.files import append, is_sealed, json_lines, read_jsonl, seal_of, write_aside
 from plumbing.model import Policy
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
-from plumbing.run import at_once, derived_seed, sampled_tokens, sampler_of
+from plumbing.run import derived_seed, sampled_tokens
+from plumbing.vllm_sampler import at_once, sampler_of
 
 VERSION = 3  # of the file's format
 

@@ -4,8 +4,10 @@ docs/metrics.md explains every key.
 """
 
 import statistics
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from plumbing.rollout import Group, Sample
 
@@ -37,7 +39,10 @@ class UpdateStats:
         """One optimizer step; FloatingPointError before it is taken with a number that is none."""
         if not torch.tensor([self.loss, grad_norm]).isfinite().all():
             found = f"loss is {self.loss}, gradient norm {grad_norm.item()}"
-            raise FloatingPointError(f"{found}; a lower --lr or --max-grad-norm helps")
+            raise FloatingPointError(
+                f"{found}; a lower --lr or --max-grad-norm helps; if grad_norm was calm, an "
+                "attention kernel may be at fault: report the GPU and torch's version"
+            )
         self.losses.append(self.loss)
         self.grad_norms.append(grad_norm.item())
         self.loss = 0.0
@@ -144,6 +149,17 @@ def step_line(metrics: dict, steps: int, prompts_per_step: int) -> str:
         if key.startswith("eval/accuracy"):
             parts.append(f"eval{key.removeprefix('eval/accuracy')} {value:.3f}")
     return " | ".join(parts)
+
+
+def warn_if_nothing_is_right(lines: list[dict], out: Path) -> None:
+    """`lines` are those of metrics.jsonl."""
+    if not any(line.get("accuracy") for line in lines):
+        tqdm.write(
+            f"No answer was right in {len(lines) - 1} steps, so the policy learns nothing from "
+            f"accuracy. Look at gold and policy side by side in {out / 'samples.jsonl'}: "
+            "does the policy put its answer into \\boxed{}? Is it cut off (--max-new-tokens)? "
+            "Do the golds have a form that an answer can equal?"
+        )
 
 
 def transcript(step: int, groups: list[Group], mixed: list[Group]) -> dict:

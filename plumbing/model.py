@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTORCH_ALLOC_CONF" not in os.environ:  # else micro-batches of many lengths leave gaps
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -45,6 +47,8 @@ from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
 VOCABULARY_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 152k in fp32 are 0.6 GB
 VIDEO_CONFIG = "video_preprocessor_config.json"  # unused here, but vLLM loads no Qwen3-VL without
 
+# its gradients can be NaN under explicit masks (pytorch#196678); importing vLLM does the same
+torch.backends.cuda.enable_cudnn_sdp(False)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -4,7 +4,8 @@ Letters, here and everywhere: P prompts in a step, G slots in a group (the paper
 sequences, T the longest completion's tokens. With P = 8 and G = 8 a step has B = 64 sequences.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,30 @@ class Prompt:
     row: dict | None = None  # of the data set, with all of its columns: for rewards of your own
 
 
-@dataclass
 class EncodedPrompt:
-    """A prompt as the model reads it: one `<|image_pad|>` per visual token, and the patches."""
+    """A prompt as the model reads it: one `<|image_pad|>` per visual token, and the patches.
 
-    token_ids: list[int]
-    pixel_values: torch.Tensor | None = None  # (patches, patch values)
-    image_grid_thw: torch.Tensor | None = None  # (images, 3)
+    Pictures are cut into patches when those are first asked for: vLLM cuts its own, and a group
+    without signal is not trained on.
+    """
+
+    def __init__(self, token_ids: list[int], cut: Callable | None = None):
+        """`cut` makes the patches, None without pictures."""
+        self.token_ids, self._cut = token_ids, cut
+
+    @functools.cached_property
+    def _patches(self):
+        return self._cut()
+
+    @functools.cached_property
+    def pixel_values(self) -> torch.Tensor | None:
+        """(patches, patch values)"""
+        return self._cut and self._patches.pixel_values
+
+    @property
+    def image_grid_thw(self) -> torch.Tensor | None:
+        """(images, 3)"""
+        return self._cut and self._patches.image_grid_thw
 
 
 @dataclass

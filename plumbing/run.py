@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import verifier
-from plumbing import UsageError, vllm_sampler
+from plumbing import UsageError
 from plumbing.checkpoints import (
     checked,
     checkpoint_bytes,
@@ -44,20 +44,21 @@ from plumbing.data import PromptSet, load_prompts
 from plumbing.encode import check_start
 from plumbing.exact import exact_accuracies, right_texts
 from plumbing.files import append, json_lines, read_jsonl, write_aside
-from plumbing.memory import rehearse
+from plumbing.memory import in_use, peaks, rehearse
 from plumbing.metrics import (
     answer_metrics,
     batch_arithmetic,
     guide_metrics,
     step_line,
     transcript,
+    warn_if_nothing_is_right,
 )
 from plumbing.model import Policy
 from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, write_rollouts
 from plumbing.rollout import Group, batched
 from plumbing.track import Curve
+from plumbing.vllm_sampler import at_once, sampler_of
 
-SUBMISSION = 1024  # sequences that vLLM gets at once: it queues them, and waits for no chunk's end
 LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step
 
 
@@ -103,20 +104,6 @@ def evaluations(out: str | Path) -> list[dict]:
     """The metrics lines with a held-out accuracy, by step."""
     lines = current_lineage(read_jsonl(Path(out) / "metrics.jsonl"))
     return [line for line in lines if "eval/accuracy" in line]
-
-
-def sampler_of(policy: Policy, config, prompts: PromptSet) -> Policy | vllm_sampler.VLLMSampler:
-    """What samples for a policy: itself, or vLLM with its weights. Both have `sample`."""
-    if config.sampler == "hf":
-        return policy
-    engine = vllm_sampler.engine_of(policy, config)
-    engine.sync(policy, [prompts[row] for row in range(min(2, len(prompts)))], config.temperature)
-    return engine
-
-
-def at_once(config, usual: int) -> int:
-    """How many sequences are sampled at a time outside of a step; transformers has no queue."""
-    return SUBMISSION if config.sampler == "vllm" else usual
 
 
 def sampled_tokens(groups: Iterable[Group]) -> int:
@@ -173,8 +160,9 @@ class Run:
         elif source:
             tqdm.write(f"{source}: has no optimizer.pt; AdamW's moments start at 0")
         self.sync()
-        if self.policy.device.type == "cuda":
-            rehearse(self.policy, config)
+        self._hand_over()
+        if self.config.on_gpu:
+            rehearse(self.policy, config, self.optimizer, getattr(self.sampler, "held", 0))
 
     def sync(self) -> None:
         """The sampler gets the policy's weights; the policy itself has them anyway."""
@@ -240,8 +228,19 @@ class Run:
         size = group_size or config.group_size
         groups = self.sampler.sample(prompts, size, config.max_new_tokens, config.temperature, seed)
         self.sampled_tokens += sampled_tokens(groups)
+        self._hand_over()
+        if step < config.steps:
+            self.train_prompts.prefetch(self.rows(step + 1))  # decodes pictures during the update
         self.clock.append(time.perf_counter())
         return groups
+
+    def _hand_over(self) -> None:
+        """From sampling to training: vLLM sleeps, and the GPU's memory is measured anew."""
+        if self.config.on_gpu:
+            self.sampling_gib = in_use()
+            torch.cuda.reset_peak_memory_stats()
+        if self.config.sampler == "vllm":
+            self.sampler.sleep()
 
     def ask(
         self, prompts: PromptSet, rows: Sequence[int], samples: int, *key, usual: int = 0
@@ -263,6 +262,7 @@ class Run:
             bar.update(len(some))
             yield from groups
         bar.close()
+        self._hand_over()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Mean accuracy of `eval_samples` answers to each held-out prompt, or the exact one."""
@@ -297,6 +297,8 @@ class Run:
         metrics |= guide_metrics(step, mixed) if mixed else {}
         metrics["sampled_tokens"] = self.sampled_tokens
         metrics |= {"time/generate": sampled - start, "time/train": trained - sampled}
+        if self.config.on_gpu:
+            metrics |= peaks(self.sampling_gib, getattr(self.sampler, "held", 0))
         if self.config.sampler == "vllm":
             self.sync()
             metrics["time/sync"] = time.perf_counter() - trained
@@ -312,20 +314,10 @@ class Run:
             write_rollouts(rollouts_path(self.out, step, self.rollbacks), rows)
         tqdm.write(step_line(metrics, self.config.steps, self.config.prompts_per_step))
         if step == self.start_step + 20:
-            self._warn_if_nothing_is_right()
+            warn_if_nothing_is_right(read_jsonl(self.out / "metrics.jsonl"), self.out)
         self.step = step
         if last or step % self.config.save_every == 0 or str(step) in self._kept_steps():
             self.save()
-
-    def _warn_if_nothing_is_right(self) -> None:
-        lines = read_jsonl(self.out / "metrics.jsonl")
-        if not any(line.get("accuracy") for line in lines):
-            tqdm.write(
-                f"No answer was right in {len(lines) - 1} steps, so the policy learns nothing from "
-                f"accuracy. Look at gold and policy side by side in {self.out / 'samples.jsonl'}: "
-                "does the policy put its answer into \\boxed{}? Is it cut off (--max-new-tokens)? "
-                "Do the golds have a form that an answer can equal?"
-            )
 
     # ------------------------------------------------------------------------------ what is kept
 
