@@ -22,10 +22,11 @@ import torch
 
 from grpo import GRPOConfig, update
 from npo import replace_slot
-from plumbing.data import load_prompts, open_dataset
+from plumbing.data import load_prompts
 from plumbing.model import Policy
 from plumbing.record import rollout_rows, write_rollouts
 from plumbing.rollout import Group, Prompt
+from plumbing.sources import open_dataset
 from worlds import cards
 
 ROUNDS, STEPS = 7, 6  # STEPS steps of the one, then of the other, ROUNDS times

@@ -12,6 +12,7 @@ attention       attention without a mask where none is needed
 model           the network: sampling and log-probabilities
 pictures        what a data set stores, as a person sees it
 rows            a row of a data set: question, options, pictures, gold
+sources         rows of a file, a folder, the hub or a user's function
 data            prompts from an embedded world or any data set
 exact           accuracy without sampling
 checkpoints     the only place that writes or removes one

@@ -71,7 +71,7 @@ def built(guide, tmp_path_factory):
 def test_vllm_gets_one_submission(guide, tmp_path, monkeypatch):
     """As it has a queue of its own: 5 prompts x 6 answers; where 12 are too many at once, 2 x 6."""
     for most, asked in ((1024, [5]), (12, [2, 2, 1])):
-        monkeypatch.setattr("plumbing.run.SUBMISSION", most)
+        monkeypatch.setattr("plumbing.vllm_sampler.SUBMISSION", most)
         sampler = Watched(guide[1])
         build(tmp_path / f"{most}.jsonl", guide, sampler, sampler="vllm", prompts_per_step=1)
         assert sampler.asked == asked
