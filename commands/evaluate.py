@@ -130,11 +130,6 @@ def asked_items(config: EvaluateConfig) -> dict[str, list[Item]]:
             items[name] = [Item(p.id, p.id, "", lambda p=p: p) for p in prompts]
         elif is_own(name):
             items[name] = own_items(name, config)
-        elif image_parts(config.model_path)[0] is None:
-            raise UsageError(
-                f"--benchmarks {name}: asks about pictures, and {config.model} reads text only; "
-                "give a data set of texts, as in --benchmarks my.jsonl"
-            )
         else:
             items[name] = items_of(name, config.data_dir)
     return items
@@ -170,7 +165,12 @@ def open_predictions(config: EvaluateConfig, items: dict[str, list[Item]]) -> di
 
 def load_sampler(config: EvaluateConfig) -> Policy | vllm_sampler.VLLMSampler:
     model = checked(config.model_path)
-    whole = base_model_of(model)
+    whole, pictured = base_model_of(model), [name for name in config.names if not is_own(name)]
+    if pictured and image_parts(whole)[0] is None:
+        raise UsageError(
+            f"--benchmarks {pictured[0]}: asks about pictures, and {config.model} reads text only; "
+            "give a data set of texts, as in --benchmarks my.jsonl"
+        )
     if config.sampler == "hf":
         return Policy(model, config.device, config.dtype)
     engine = vllm_sampler.VLLMSampler(whole, config.max_new_tokens, config.dtype)

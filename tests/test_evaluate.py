@@ -278,7 +278,7 @@ def test_data_of_ones_own_through_a_text_model(tmp_path, folder):
     with pytest.raises(UsageError, match="another data set for .*sums.jsonl"):
         evaluate.main(own)
     with pytest.raises(UsageError, match="--benchmarks mmstar: asks about pictures, and .* text"):
-        evaluate.main(EvaluateConfig(benchmarks="mmstar", **flags))
+        evaluate.load_sampler(EvaluateConfig(benchmarks="mmstar", **flags))
 
 
 KNOWN = "known: cards, cards_lax, staircase, mmmu_pro, .*, a data file, a folder, and FILE.py:NAME$"
