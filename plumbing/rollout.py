@@ -25,6 +25,7 @@ class Prompt:
     row: dict | None = None  # of the data set, with all of its columns: for rewards of your own
 
 
+@dataclass
 class EncodedPrompt:
     """A prompt as the model reads it: one `<|image_pad|>` per visual token, and the patches.
 
@@ -32,23 +33,22 @@ class EncodedPrompt:
     without signal is not trained on.
     """
 
-    def __init__(self, token_ids: list[int], cut: Callable | None = None):
-        """`cut` makes the patches, None without pictures."""
-        self.token_ids, self._cut = token_ids, cut
+    token_ids: list[int]
+    cut: Callable | None = None  # makes the patches; None without pictures
 
     @functools.cached_property
     def _patches(self):
-        return self._cut()
+        return self.cut()
 
-    @functools.cached_property
+    @property
     def pixel_values(self) -> torch.Tensor | None:
         """(patches, patch values)"""
-        return self._cut and self._patches.pixel_values
+        return self.cut and self._patches.pixel_values
 
     @property
     def image_grid_thw(self) -> torch.Tensor | None:
         """(images, 3)"""
-        return self._cut and self._patches.image_grid_thw
+        return self.cut and self._patches.image_grid_thw
 
 
 @dataclass

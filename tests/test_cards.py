@@ -191,7 +191,7 @@ def test_how_many_sequences_are_sampled_at_a_time(monkeypatch, flags, evaluated,
     monkeypatch.setattr(verifier, "score", lambda groups: None)
     run, prompts = Run.__new__(Run), world_prompts("cards", 2, "held_out", 200)
     run.config = GRPOConfig(prompts_per_step=2, group_size=7, eval_samples=4, **flags)
-    run.sampler, run.held_out = SimpleNamespace(sample=sample), prompts
+    run.sampler, run.held_out = SimpleNamespace(sample=sample, sleep=list), prompts
     assert run.evaluate(5) == {"eval/accuracy": 0.25} and seen == evaluated
     seen.clear()
     assert len([*run.ask(prompts, range(200), 4, "probe", 5)]) == 200 and seen == asked_again
