@@ -16,6 +16,7 @@ from plumbing.checkpoints import checked, full_disk_is_told, write_model
 from plumbing.encode import config_of
 from plumbing.lora import adapter_rank, base_model_of, merged_weights
 from plumbing.model import Policy
+from plumbing.settings import installed
 
 
 def main(checkpoint: Path, out: Path, /) -> None:
@@ -27,9 +28,13 @@ def main(checkpoint: Path, out: Path, /) -> None:
     """
     if not adapter_rank(checkpoint):
         raise UsageError(f"{checkpoint}: holds no adapters; a whole model needs no merging")
+    if not installed("peft"):
+        raise UsageError("adapters need peft; pip install -r requirements-gpu.txt")
     if out.exists():
         raise UsageError(f"{out}: exists; remove it, or choose another folder")
-    dtype = "bf16" if config_of(checkpoint).dtype == torch.bfloat16 else "fp32"
+    shape = config_of(checkpoint)
+    stored = {shape.dtype, shape.get_text_config().dtype}  # public ones tell it in the latter
+    dtype = "bf16" if torch.bfloat16 in stored else "fp32"
     adapted = Policy(checked(checkpoint), "cpu", dtype)
     whole = Policy(base_model_of(checkpoint), "cpu", dtype)
     whole.model.load_state_dict(dict(merged_weights(adapted.model)))

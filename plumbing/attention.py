@@ -45,7 +45,10 @@ AttentionMaskInterface.register(NAME, mask_of)
 
 def without_masks(model) -> None:
     """Makes a text model, or the text part of a Qwen3-VL, attend so, where it had torch's sdpa."""
-    if model.config._attn_implementation == "sdpa":
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None):  # Gemma 2's, which sdpa leaves out
+        model.set_attn_implementation("eager")
+    elif model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(
             {"text_config": NAME} if hasattr(model.config, "text_config") else NAME
         )

@@ -70,6 +70,8 @@ class PromptSet:
 
     def prefetch(self, places: Sequence[int]) -> None:
         """Makes prompts in a thread of its own, while something else is done, for asking once."""
+        for prompt in self.coming.values():
+            prompt.cancel()
         self.coming.clear()
         self.coming.update({place: THREAD.submit(self._made, place) for place in places})
 

@@ -197,6 +197,8 @@ def build_guide_cache(
             some = zip(rows[first:], groups)
             append(path, [line_of(row, group, state["step"], keep) for row, group in some])
             bar.update(len(groups))
+    if config.sampler == "vllm":
+        sampler.sleep()  # whatever is loaded next has the GPU's memory
 
 
 def line_of(row: int, group: Group, guide_step: int, keep: int) -> dict:

@@ -49,15 +49,14 @@ def counted(config, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def left(config, need: dict[str, int], size: float, vllm: bool) -> tuple[float, float]:
-    """Bytes of a GPU of `size` bytes that are left for activations in the update, and in sampling.
+def left(need: dict[str, int], size: float, share: float) -> tuple[float, float]:
+    """Bytes of `size` on a GPU that are left for activations in the update, and in sampling.
 
-    In the update vLLM sleeps. Its share has to hold the weights, too.
+    In the update vLLM sleeps. Its `share`, 0 without it, has to hold the weights, too.
     """
     update = size - need["weights"] - need["gradients"] - need["moments"]
-    share = config.vllm_memory * size if vllm else 0.0
     sampling = size - share - need["weights"] - need["moments"]
-    return update, min(sampling, share - need["weights"]) if vllm else sampling
+    return update, min(sampling, share - need["weights"]) if share else sampling
 
 
 def show(config) -> None:
@@ -73,12 +72,15 @@ def show(config) -> None:
     print(f"checkpoint {need['checkpoint'] / GIB:7.1f} GiB on the disk of {Path(config.out)}")
     if config.in_world and not config.on_gpu:
         return
-    sizes = [torch.cuda.get_device_properties(0).total_memory / 1e9] if config.on_gpu else GPU_GB
+    here = config.device if ":" in config.device else 0
+    sizes = [torch.cuda.get_device_properties(here).total_memory / 1e9] if config.on_gpu else GPU_GB
     for size in [config.card_gb] if config.card_gb else sizes:
-        update, sampling = left(config, need, size * 1e9, vllm)
+        update, sampling = left(need, size * 1e9, vllm * config.vllm_memory * size * 1e9)
         verdict = f"{update / GIB:.1f} GiB left for activations"
-        if update <= 0 or sampling <= 0:
-            verdict = "cannot fit: less than training or vLLM's own weights take"
+        if update <= 0:
+            verdict = f"cannot fit: the update lacks {-update / GIB:.1f} GiB"
+        elif sampling <= 0:
+            verdict = f"cannot fit: sampling lacks {-sampling / GIB:.1f} GiB; try --vllm-memory"
         share = f"{config.vllm_memory * size * 1e9 / GIB:.1f} GiB for vLLM, which sleeps meanwhile"
         print(f"GPU of {size:.0f} GB{vllm * f', {share}'}: {verdict}")
     print("Activations are not estimated: on a GPU a run begins by rehearsing its longest batch.")
@@ -91,7 +93,7 @@ def check_room(config) -> None:
     need, vllm = counted(config, DTYPES[config.dtype]), config.sampler == "vllm"
     free, total = torch.cuda.mem_get_info()
     size = min(free, (config.card_gb or math.inf) * 1e9)
-    update, sampling = left(config, need, size, vllm)
+    update, sampling = left(need, size, vllm * config.vllm_share * total)
     if min(update, sampling) <= 0:
         parts = (f"{name} {need[name] / GIB:.1f}" for name in ("weights", "gradients", "moments"))
         raise UsageError(
@@ -108,8 +110,11 @@ def limit(config, held: int) -> None:
     The `held` bytes of vLLM come on top: torch counts them also while it sleeps.
     """
     _, total = torch.cuda.mem_get_info()
-    if config.card_gb and config.card_gb * 1e9 + held < total:
-        torch.cuda.set_per_process_memory_fraction((config.card_gb * 1e9 + held) / total)
+    share = (config.card_gb or 0) * 1e9 + held
+    if config.card_gb and share < total:
+        torch.cuda.set_per_process_memory_fraction(share / total)
+    elif config.card_gb:
+        tqdm.write(f"--card-gb {config.card_gb:g}: not enforced, it is too near to what there is")
 
 
 def in_use() -> float:
@@ -150,7 +155,9 @@ def fits(policy: Policy, config, rows: int, moments: int) -> bool:
     """
     group, filler = config.group_size, policy.eos_token_ids[0]
     prompts = -(-(rows + group - math.gcd(rows, group)) // group)  # at most, in one micro-batch
-    longest = [longest_prompt(policy, config.max_prompt_tokens) for _ in range(prompts)]
+    # one is shorter by a token: prompts of several lengths take a mask, and so more memory
+    lengths = [config.max_prompt_tokens - (number == 1) for number in range(prompts)]
+    longest = [longest_prompt(policy, length) for length in lengths]
     batch = [(longest[row % prompts], [filler] * config.max_new_tokens) for row in range(rows)]
     try:
         later = torch.empty(moments, dtype=torch.uint8, device=policy.device)

@@ -191,6 +191,7 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.curve.close(failed=kind is not None)
+        self.train_prompts.prefetch([])  # else the process would wait for those that are coming
         done = checkpoints(self.out)
         kept, now = str(done[-1]) if done else "none yet (the run starts over)", self.step + 1
         if kind in (FloatingPointError, UsageError):
@@ -303,6 +304,7 @@ class Run:
             self.sync()
             metrics["time/sync"] = time.perf_counter() - trained
             metrics["sampling/probe_difference"] = self.sampler.difference
+            metrics["sampling/weights_compared"] = self.sampler.compared
         metrics["step_time"] = time.perf_counter() - start
         last = step == self.config.steps
         if last or step % self.config.eval_every == 0:

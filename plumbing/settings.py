@@ -105,6 +105,9 @@ class ModelConfig:
             within(self, "borrow_rate", above=0, below=1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: must be auto, cpu, cuda or cuda:N")
+        number = int(self.device.partition(":")[2] or 0)
+        if self.on_gpu and number and number >= torch.cuda.device_count():
+            raise UsageError(f"--device {self.device}: there are {torch.cuda.device_count()} GPUs")
         if self.sampler == "vllm" and not installed("vllm"):
             raise UsageError(
                 f"--sampler vllm: vllm is not installed; {INSTALL}, or use --sampler hf"
@@ -222,6 +225,8 @@ class RunConfig(ModelConfig):
         within(self, "vllm_memory", above=0, below=1)
         if self.card_gb is not None:
             within(self, "card_gb", above=0)
+            if not (self.on_gpu or self.dry_run):
+                raise UsageError(f"--card-gb {self.card_gb:g}: there is no GPU; use --dry-run")
         if not re.fullmatch(r"(all|none|\d+)(,\d+)*", self.keep):
             raise UsageError(f"--keep {self.keep}: must be all, none, or steps as in 40,100")
         if self.on_gpu and not self.dry_run:

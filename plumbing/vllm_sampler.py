@@ -12,6 +12,7 @@ requirements-gpu.txt says how to install it, also on a CPU.
 """
 
 import gc
+import json
 import math
 import os
 import re
@@ -101,6 +102,10 @@ class VLLMSampler:
         if self.on_gpu and not self.asleep:
             self.llm.sleep(level=1)
             self.asleep = True
+
+    def close(self) -> None:
+        """Gives its memory back: vLLM's pool for sleeping takes one engine at a time."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def wake(self) -> None:
         if self.asleep:
@@ -202,10 +207,13 @@ class VLLMSampler:
             )
 
     def _compare_weights(self, policy: Policy) -> None:
-        """Bit by bit, of every weight: in bf16 a step is too small to show on the probe.
+        """Bit by bit: in bf16 a step is too small to show on the probe.
 
-        vLLM's CPU build packs the linear layers, so that embeddings, head and norms are left.
+        Of every weight that vLLM holds in our layout, such as model.layers.0.self_attn.k_proj.weight
+        as rows of language_model.model.layers.0.self_attn.qkv_proj.weight; `compared` is their
+        share. Its CPU build packs the linear layers, so that embeddings, head and norms are left.
         """
+        found = []
         theirs = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
         prefix, rows = "language_model." if self.image_processor else "", Counter()
         for name, weight in merged_weights(policy.model):
@@ -217,7 +225,8 @@ class VLLMSampler:
             first = rows[place]
             rows[place] += len(weight)
             other = theirs.get(place, weight[:0])[first : first + len(weight)].to(weight.device)
-            if other.shape != weight.shape:  # packed, or a tied head, which is the embeddings
+            found.append(other.shape == weight.shape)  # not if packed, or a tied head
+            if not found[-1]:
                 continue
             if (differ := other != weight).any():
                 raise RuntimeError(
@@ -225,6 +234,7 @@ class VLLMSampler:
                     f"{other[differ][0].item()} there and {weight[differ][0].item()} here. "
                     "The sync failed; use --sampler hf, and report it"
                 )
+        self.compared = sum(found) / len(found)
 
 
 ENGINE: dict[tuple, VLLMSampler] = {}  # at most one: a second would find the GPU full
@@ -234,9 +244,11 @@ def engine_of(policy: Policy, config) -> VLLMSampler:
     """The process's vLLM, for models with the policy's shapes; made anew where they differ."""
     shapes = policy.model.config.to_diff_dict()
     shapes.pop("_name_or_path", None)
-    key = (repr(shapes), config.max_prompt_tokens, config.max_new_tokens)
+    shapes = json.dumps(shapes, sort_keys=True, default=str)  # a hub's file has another order
+    key = (shapes, config.max_prompt_tokens, config.max_new_tokens)
     if key not in ENGINE:
-        ENGINE.clear()
+        while ENGINE:
+            ENGINE.popitem()[1].close()
         gc.collect()
         torch.cuda.empty_cache()
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[policy.dtype]

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, group_of
 
 import grpo
+from autonpo import AutoNPOConfig, MistakePool, probe
 from commands.evaluate import EvaluateConfig
 from grpo import GRPOConfig
 from npo import NPOConfig
@@ -29,6 +30,7 @@ def card(monkeypatch):
     def there(*packages: str) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 ({device})")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * GB, 80 * GB))
         monkeypatch.setattr("plumbing.settings.installed", lambda name: name in packages)
         monkeypatch.setattr(memory, "counted", lambda config, dtype: dict(NEED))
@@ -95,10 +97,11 @@ def test_cudnn_attention_is_off_and_segments_may_grow():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({}, ""),  # 45 of 70 in the update; 0.35 * 70 + 30 while vLLM samples
-        ({"vllm_memory": 0.22}, r"weights 14.9, gradients 14.0, moments 13.0 GiB, vLLM 0.22 of"),
-        ({"vllm_memory": 0.58}, "--lora 64"),  # 0.58 * 70 + 30
-        ({"vllm_memory": 0.58, "sampler": "hf"}, ""),
+        ({}, ""),  # 45 of 70 in the update; 0.35 * 80 + 30 while vLLM samples
+        ({"vllm_memory": 0.19}, r"weights 14.9, gradients 14.0, moments 13.0 GiB, vLLM 0.19 of"),
+        ({"vllm_memory": 0.51}, "--lora 64"),  # 0.51 * 80 + 30: vLLM's share is of all 80
+        ({"vllm_memory": 0.51, "sampler": "hf"}, ""),
+        ({"device": "cuda:7"}, "--device cuda:7: there are 2 GPUs"),
         ({"card_gb": 46}, "42.8 of its 74.5 GiB can be used, and that is too little"),
         ({"card_gb": 47}, ""),  # vLLM: 16.45 for 16
         ({"card_gb": 44, "sampler": "hf"}, r"moments 13.0 GiB\)"),
@@ -116,7 +119,7 @@ def test_too_little_memory_is_said_before_a_model_is_loaded(card, flags, message
         config.check()
 
 
-def test_a_smaller_card_is_emulated(card, monkeypatch):
+def test_a_smaller_card_is_emulated(card, monkeypatch, capsys):
     """vLLM's 8 GB go on being counted by torch while it sleeps."""
     card("vllm", "torchao")
     shares = []
@@ -125,7 +128,27 @@ def test_a_smaller_card_is_emulated(card, monkeypatch):
     assert small.vllm_share == pytest.approx(0.35 * 24 / 80) and large.vllm_share == 0.35
     memory.limit(small, 8 * GB)
     memory.limit(large, 8 * GB)
-    assert shares == [pytest.approx(32 / 80)]
+    assert shares == [pytest.approx(32 / 80)] and capsys.readouterr().out == ""
+    memory.limit(small, 57 * GB)
+    assert len(shares) == 1 and "--card-gb 24: not enforced" in capsys.readouterr().out
+
+
+def test_a_card_to_emulate_needs_one():
+    with pytest.raises(UsageError, match="--card-gb 24: there is no GPU; use --dry-run"):
+        GRPOConfig(card_gb=24.0).check()
+
+
+def test_a_probe_is_asked_to_its_end():
+    """There vLLM goes to sleep: Q and V need the GPU's memory."""
+    ended = []
+
+    def ask(prompts, rows, samples, *key):
+        yield from (group_of([1.0, 0.0]) for _ in rows)
+        ended.append(rows)
+
+    run = SimpleNamespace(ask=ask, step=8, train_prompts=None, sampled_tokens=0)
+    groups = probe(run, MistakePool({3: 1, 5: 2, 7: 2}), AutoNPOConfig(probe_prompts=2))
+    assert [list(groups)] == ended and len(groups) == 2 and run.sampled_tokens == 8
 
 
 def test_peaks(monkeypatch, card):
@@ -140,7 +163,7 @@ def test_peaks(monkeypatch, card):
 class Engine:
     """Stands in for vLLM: the policy samples, and what is asked of the engine is noted."""
 
-    held, difference = 20 * memory.GIB, 0.25
+    held, difference, compared = 20 * memory.GIB, 0.25, 1.0
 
     def __init__(self, policy, noted):
         self.policy, self.noted = policy, noted

@@ -115,7 +115,10 @@ def test_the_rehearsal_leaves_no_trace(fresh, prompts, monkeypatch):
     config, state = GRPOConfig(temperature=1.5, **sizes), torch.get_rng_state()
     memory.rehearse(fresh, config, NEW)
     rows, temperature = asked
-    assert {(len(encoded.token_ids), len(tokens)) for encoded, tokens in rows} == {(50, 30)}
+    assert {(len(encoded.token_ids), len(tokens)) for encoded, tokens in rows} == {
+        (50, 30),
+        (49, 30),  # so that the prompts take a mask
+    }
     assert rows[0][0].image_grid_thw.tolist() == [[1, 2, 98]]  # a picture of 49 tokens
     assert (len(rows), len({id(encoded) for encoded, _ in rows}), temperature) == (12, 2, 1.5)
     assert reserved == [(8 * 364224,)]

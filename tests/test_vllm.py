@@ -303,19 +303,25 @@ def test_merged_adapters_in_vllm(saved, sampler, another, prompts, tmp_path):
 
 def test_one_engine_per_process(saved, monkeypatch):
     """Other weights of the same shapes go into it; other shapes take another in its place."""
-    built = []
+    built, closed = [], []
 
     def build(*words):
         built.append(words)
-        return object()
+        return SimpleNamespace(close=lambda: closed.append(words[0]))
 
     monkeypatch.setattr(vllm_sampler, "VLLMSampler", build)
     monkeypatch.setattr(vllm_sampler, "ENGINE", {})
     config = GRPOConfig(sampler="vllm", vllm_memory=0.2, max_prompt_tokens=300)
     first = vllm_sampler.engine_of(Policy(cards.BASE), config)
     assert vllm_sampler.engine_of(Policy(saved), config) is first
+    other_order = Policy(cards.BASE)
+    config_of = other_order.model.config
+    reordered = dict(reversed(config_of.to_diff_dict().items()))  # as a hub's config.json
+    monkeypatch.setattr(config_of, "to_diff_dict", lambda: reordered)
+    assert vllm_sampler.engine_of(other_order, config) is first and not closed
     stairs = staircase.base_at(0.5)  # with other tokens
     other = vllm_sampler.engine_of(Policy(stairs), config)
+    assert closed == [str(cards.BASE)]
     assert other is not first and list(vllm_sampler.ENGINE.values()) == [other]
     sizes = (80, "fp32", 300, 0.2)
     assert built == [(str(cards.BASE), *sizes), (str(stairs), *sizes)]
