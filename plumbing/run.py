@@ -191,7 +191,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.curve.close(failed=kind is not None)
-        self.train_prompts.prefetch([])  # else the process would wait for those that are coming
+        if self.step < self.config.steps:  # else the process would wait for those that are coming
+            self.train_prompts.prefetch([])
         done = checkpoints(self.out)
         kept, now = str(done[-1]) if done else "none yet (the run starts over)", self.step + 1
         if kind in (FloatingPointError, UsageError):

@@ -209,9 +209,9 @@ class VLLMSampler:
     def _compare_weights(self, policy: Policy) -> None:
         """Bit by bit: in bf16 a step is too small to show on the probe.
 
-        Of every weight that vLLM holds in our layout, such as model.layers.0.self_attn.k_proj.weight
-        as rows of language_model.model.layers.0.self_attn.qkv_proj.weight; `compared` is their
-        share. Its CPU build packs the linear layers, so that embeddings, head and norms are left.
+        Of every weight that vLLM holds in our layout: k_proj.weight is some of the rows of its
+        qkv_proj.weight. `compared` is their share. The CPU build packs the linear layers, so that
+        embeddings, head and norms are left.
         """
         found = []
         theirs = self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
