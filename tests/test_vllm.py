@@ -206,18 +206,6 @@ def test_three_syncs(sampler, saved, prompts, lora):
         assert now() < 1e-4 and sampler.difference < 1e-4
 
 
-@pytest.mark.parametrize(("name", "lora"), [("qwen3", 4), ("llama", 0), ("gemma3", 0)])
-def test_text_models(folder, name, lora):
-    """Uneven prompts; before and after a sync."""
-    policy, some = Policy(folder(name), lora=lora), [in_words(text) for text in QUESTIONS]
-    sampler = VLLMSampler(folder(name), max_new_tokens=20)
-    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
-    perturb(policy, 2)
-    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) > 1e-2
-    sampler.sync(policy, some[:2], 1.3)
-    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("part", "size", "message"),
     [  # a step that no log-prob shows; one in weights that vLLM lays out in its own way
@@ -416,3 +404,15 @@ def test_evaluate_through_vllm(command, saved, tmp_path):
     assert "Here 1 of 3 items could not be asked" in done.stdout
     scores = json.loads((tmp_path / "out/scores.json").read_text())["benchmarks"]
     assert {name: one["items"] for name, one in scores.items()} == {"cards": 6, "mmmu_pro": 3}
+
+
+@pytest.mark.parametrize(("name", "lora"), [("qwen3", 4), ("llama", 0), ("gemma3", 0)])
+def test_text_models(folder, name, lora):
+    """Uneven prompts; before and after a sync. At the end: vLLM's older engines do not survive."""
+    policy, some = Policy(folder(name), lora=lora), [in_words(text) for text in QUESTIONS]
+    sampler = VLLMSampler(folder(name), max_new_tokens=20)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
+    perturb(policy, 2)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) > 1e-2
+    sampler.sync(policy, some[:2], 1.3)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
