@@ -40,7 +40,7 @@ class EncodedPrompt:
     def _patches(self):
         return self.cut()
 
-    @property
+    @functools.cached_property
     def pixel_values(self) -> torch.Tensor | None:
         """(patches, patch values)"""
         return self.cut and self._patches.pixel_values

@@ -39,6 +39,9 @@ class Watched:
         self.settings = rest[:3]  # answers to each, longest answer, temperature
         return self.policy.sample(prompts, *rest)
 
+    def sleep(self):
+        self.slept = True
+
 
 @pytest.fixture(autouse=True)
 def _lucky(monkeypatch):
@@ -74,7 +77,7 @@ def test_vllm_gets_one_submission(guide, tmp_path, monkeypatch):
         monkeypatch.setattr("plumbing.vllm_sampler.SUBMISSION", most)
         sampler = Watched(guide[1])
         build(tmp_path / f"{most}.jsonl", guide, sampler, sampler="vllm", prompts_per_step=1)
-        assert sampler.asked == asked
+        assert sampler.asked == asked and sampler.slept  # the GPU is whoever's is loaded next
 
 
 def test_a_line_per_prompt_with_its_first_right_answers(built, guide):
