@@ -211,7 +211,7 @@ def ask_guide(config: NPOConfig, guide: str, first_step: int, path: Path) -> Gui
     if kind == "checkpoint":
         build_guide_cache(path, config, source, rows, until, config.slots)
         cache = load_guide_cache(path, config, config.guided_until, config.is_correction)
-    reach = cache.reach([prompts.id_of(row) for row in rows], first_step, until)
+    reach = cache.reach(prompts, rows, first_step, until)
     if config.guide and reach.startswith("0 "):
         remedy = {
             "checkpoint": "take a later one, or more --guide-samples",

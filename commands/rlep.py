@@ -65,7 +65,10 @@ def token_mean_update(run: Run, groups: list[Group], config: RLEPConfig) -> dict
     def loss(policy, samples, config, _, num_tokens: int) -> tuple[torch.Tensor, dict]:
         return policy_loss(policy, samples, config, num_tokens, num_tokens)
 
-    return update(run.policy, run.optimizer, groups, config, advantages, loss)
+    stats = update(run.policy, run.optimizer, groups, config, advantages, loss)
+    for completion in (c for group in groups for c in group.completions):
+        completion.advantage /= len(completion.token_ids)  # as it is recorded
+    return stats
 
 
 def train(config: RLEPConfig, out: Path) -> None:

@@ -19,7 +19,7 @@ import verifier
 from plumbing import UsageError
 from plumbing.checkpoints import checked, checkpoint_state
 from plumbing.command import stored_config
-from plumbing.data import load_prompts
+from plumbing.data import PromptSet, load_prompts
 from plumbing.encode import (
     config_of,
     load_tokenizer,
@@ -61,10 +61,12 @@ class GuideCache:
             verifier.set_reward(prompt, answer)  # which may judge by a scorer of its own
         return [answer for answer in found if answer.accuracy][:slots]
 
-    def reach(self, ids: list[str], first: int, last: int) -> str:
-        """How many of the prompts of steps `first` to `last`, given by their ids, it can guide."""
-        have = sum(id in self.answers for id in ids)
-        return f"{have} of the {len(ids)} prompts of steps {first}-{last}"
+    def reach(self, prompts: PromptSet, rows: list[int], first: int, last: int) -> str:
+        """How many of the prompts of steps `first` to `last`, in `rows`, it can guide."""
+        known = [row for row in rows if prompts.id_of(row) in self.answers]
+        known = tqdm(known, desc="looking for prompts to guide", delay=3, leave=False)
+        have = sum(bool(self.answers_to(prompts[row], first)) for row in known)
+        return f"{have} of the {len(rows)} prompts of steps {first}-{last}"
 
     def __str__(self) -> str:
         solved, prompts = len(self.answers), self.header["prompts"]

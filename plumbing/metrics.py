@@ -170,12 +170,11 @@ def transcript(step: int, groups: list[Group], mixed: list[Group]) -> dict:
         gone = [c for c in asked.completions if all(c is not kept for kept in trained.completions)]
         if others and gone and after is None:
             group, before, after = asked, gone[0], others[0]
-    content = group.prompt.messages[-1]["content"]
     line = {
         "step": step,
         "prompt_id": group.prompt.id,
         "gold": group.prompt.gold,
-        "question": "".join(part.get("text", "<image>") for part in content),
+        "question": group.prompt.question,
         "pass_rate": group.pass_rate,
         "policy": before.text,
         "reward": before.reward,

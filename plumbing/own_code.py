@@ -38,7 +38,7 @@ def load_function(flag: str, spec: str, *parameters: str) -> Callable:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file raises
-        raise failed(asked, error) from error
+        raise failed(asked, path, error) from error
     function, wanted = getattr(module, name, None), f"def {name}({', '.join(parameters)})"
     try:
         inspect.signature(function).bind(*parameters)
@@ -50,13 +50,14 @@ def load_function(flag: str, spec: str, *parameters: str) -> Callable:
         try:
             return function(*given)
         except Exception as error:
-            raise failed(asked, error) from error
+            raise failed(asked, path, error) from error
 
     return called
 
 
-def failed(asked: str, error: BaseException) -> UsageError:
-    """The first line of what a file or a function raised, and where."""
-    place, said = traceback.extract_tb(error.__traceback__)[-1], str(error).split("\n")[0]
-    where = f"line {place.lineno} of {Path(place.filename).name}"
+def failed(asked: str, path: str, error: BaseException) -> UsageError:
+    """The first line of what a file or a function raised, and which of its lines led there."""
+    places, said = traceback.extract_tb(error.__traceback__), str(error).split("\n")[0]
+    place = [place for place in places if Path(place.filename).name == Path(path).name] or places
+    where = f"line {place[-1].lineno} of {Path(place[-1].filename).name}"
     return UsageError(f"{asked}{type(error).__name__}: {said} ({where})")

@@ -37,8 +37,6 @@ def rollout_rows(step: int, groups: list[Group], mixed: list[Group]) -> list[dic
     """
     rows = []
     for number, (asked, trained) in enumerate(zip(groups, mixed)):
-        content = asked.prompt.messages[-1]["content"]
-        question = "".join(part.get("text", "<image>") for part in content)
         kept = {id(completion) for completion in trained.completions}
         sampled = {id(completion): slot for slot, completion in enumerate(asked.completions)}
         freed = [slot for key, slot in sampled.items() if key not in kept]
@@ -52,7 +50,7 @@ def rollout_rows(step: int, groups: list[Group], mixed: list[Group]) -> list[dic
             rows.append(
                 {
                     "step": step,
-                    "prompt": question,
+                    "prompt": asked.prompt.question,
                     "completion": c.text,
                     "reward": c.reward,
                     "advantage": c.advantage if is_trained else None,

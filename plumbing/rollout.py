@@ -24,6 +24,11 @@ class Prompt:
     working: str | None = None  # how a right answer begins, if the verifier sees only its end
     row: dict | None = None  # of the data set, with all of its columns: for rewards of your own
 
+    @property
+    def question(self) -> str:
+        """The last message as text, with <image> for each picture."""
+        return "".join(part.get("text", "<image>") for part in self.messages[-1]["content"])
+
 
 @dataclass
 class EncodedPrompt:

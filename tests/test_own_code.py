@@ -1,6 +1,7 @@
 """What a user brings: rewards, sources, words, guides of texts; and what is kept of edited code."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import TINY, cards_file, group_of, lucky
@@ -11,7 +12,7 @@ import verifier
 from grpo import GRPOConfig
 from npo import NPOConfig
 from plumbing import UsageError, command
-from plumbing.data import load_prompts
+from plumbing.data import PromptSet, load_prompts
 from plumbing.guide_cache import GuideCache, guide_of_texts, kind_of_guide
 from plumbing.own_code import load_function
 from plumbing.rollout import Completion
@@ -29,6 +30,10 @@ def infinite(prompt, completion):
 
 def fails(prompt, completion):
     raise KeyError("why")
+
+def fails_deep(prompt, completion):
+    import json
+    return json.loads("not JSON")
 
 def three(prompt, completion, more):
     return 0.0
@@ -100,6 +105,14 @@ def test_a_reward_that_fails_is_told_with_its_line(rewards, tmp_path):
         grpo.train(config, config.out)
 
 
+def test_a_failure_in_a_library_names_the_users_line(rewards):
+    reward = load_function("--reward", f"{rewards}:fails_deep", "prompt", "completion")
+    with pytest.raises(
+        UsageError, match=r"JSONDecodeError: Expecting value.*line 15 of my_rewards"
+    ):
+        reward(None, None)
+
+
 def test_a_reward_that_judges_takes_wrong_answers_out_of_a_cache(rewards, tmp_path):
     """The guide's answers with an even number of tokens are wrong for this scorer."""
     code = "\ndef judged(prompt, completion):\n    even = len(completion.token_ids) % 2 == 0"
@@ -113,6 +126,9 @@ def test_a_reward_that_judges_takes_wrong_answers_out_of_a_cache(rewards, tmp_pa
     (found,) = cache.answers_to(prompt, 4, 2)
     assert (len(found.token_ids), found.reward, answers[1].reward) == (3, 3.0, 1.0)
     assert found is not cache.answers_to(prompt, 4)[0]  # a prompt may be asked twice in a step
+    prompts = PromptSet("set", "pq", lambda id, row: replace(prompt, id=row), [0, 1])
+    cache.answers = {"set:0": answers[:1], "p": answers[:1], "set:1": answers, "q": answers}
+    assert cache.reach(prompts, [0, 1, 1, 0], 2, 3) == "2 of the 4 prompts of steps 2-3"
 
 
 def test_a_function_is_a_source_and_its_rows_reach_the_reward(tmp_path):
