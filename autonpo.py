@@ -215,7 +215,7 @@ def probe(run: Run, pool: MistakePool, config: AutoNPOConfig) -> dict[int, Group
     known, chance = sorted(pool.failed_at), derived_seed(config.seed, "probe", run.step)
     rows = random.Random(chance).sample(known, min(config.probe_prompts, len(known)))
     asked = run.ask(run.train_prompts, rows, config.probe_samples, "probe", run.step)
-    groups = dict(zip(rows, asked))
+    groups = {row: group for group, row in zip(asked, rows)}  # `asked` to its end
     run.sampled_tokens += sampled_tokens(groups.values())
     return groups
 

@@ -27,7 +27,7 @@ from plumbing.command import command_line
 from plumbing.metrics import IS_CAP, UpdateStats
 from plumbing.model import Policy
 from plumbing.report import report
-from plumbing.rollout import Group, Sample, batched, log_q_of, samples_with_signal
+from plumbing.rollout import Group, Sample, log_q_of, micro_batches, samples_with_signal
 from plumbing.run import Run
 from plumbing.settings import RunConfig, within
 
@@ -146,7 +146,7 @@ def update(
     samples, stats = samples_with_signal(groups, advantages), UpdateStats()
     size = rewards.numel(), sum(len(c.token_ids) for g in groups for c in g.completions)
     for _ in range(config.updates_per_batch if samples else 0):
-        for micro_batch in batched(samples, config.micro_batch_size):
+        for micro_batch in micro_batches(samples, config):
             loss, per_token = loss_of(policy, micro_batch, config, *size)
             loss.backward()
             stats.add(micro_batch, loss, per_token)

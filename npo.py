@@ -216,12 +216,15 @@ def ask_guide(
     if kind == "checkpoint":
         build_guide_cache(path, config, source, rows, until, config.slots, sampler, processes)
         cache = load_guide_cache(path, config, config.guided_until, config.is_correction)
-    reach = cache.reach([prompts.id_of(row) for row in rows], first_step, until)
+    reach = cache.reach(prompts, rows, first_step, until)
     if config.guide and reach.startswith("0 "):
-        raise UsageError(
-            f"--guide {guide}: has answers to {reach}; was it made with another --seed, or for "
-            "other steps? Give its checkpoint: the answers are made anew"
-        )
+        remedy = {
+            "checkpoint": "take a later one, or more --guide-samples",
+            "cache": "was it made with another --seed, or for other steps? Give its checkpoint: "
+            "the answers are made anew",
+            "texts": f"it has {cache}",
+        }
+        raise UsageError(f"--guide {guide}: has right answers to {reach}; {remedy[kind]}")
     tqdm.write(f"{source if config.guide else path}: {cache}; answers to {reach}")
     return cache
 

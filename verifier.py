@@ -27,7 +27,6 @@ busy machine too; an answer that takes more is *too dear*, and wrong.
 import math
 import re
 from types import SimpleNamespace
-from typing import SupportsFloat
 
 from plumbing import UsageError
 from plumbing.notation import bare, elements, named, normalise, number, pieces, short, split_unit
@@ -80,10 +79,13 @@ def set_reward(prompt, completion) -> None:
     if completion.accuracy not in (0, 1):  # a guide cache would silently drop 0.9
         problem = f"accuracy is {completion.accuracy}; partial credit belongs in `reward`"
         raise UsageError(f"prompt {prompt.id}: {problem}")
-    if not isinstance(value, SupportsFloat) or not math.isfinite(value):
+    try:
+        completion.reward = float(value)
+    except (TypeError, ValueError):
+        completion.reward = math.nan
+    if not math.isfinite(completion.reward):
         problem = f"the reward is {value!r}; it must be a finite number"
         raise UsageError(f"prompt {prompt.id}: {problem}")
-    completion.reward = float(value)
 
 
 def is_correct(response: str | None, gold: str, choices: list[str] | None = None) -> bool:

@@ -10,19 +10,23 @@ import statistics
 from pathlib import Path
 
 from plumbing import UsageError
-from plumbing.command import stored_config
+from plumbing.command import stored_config, stored_json
+from plumbing.files import file_hashes, read_jsonl
 from plumbing.metrics import bounds
-from plumbing.run import current_lineage, read_jsonl
+from plumbing.run import current_lineage
+from plumbing.settings import MAY_CHANGE_ON_RESUME
 
-SAYS_NOTHING = {"out", "seed", "fresh", "keep", "device", "micro_batch_size", "vllm_memory"}
+# flags that make no other curve
+SAYS_NOTHING = MAY_CHANGE_ON_RESUME | {"seed", "dry_run"}
 
 
 def curve_of(run: Path, metric: str) -> dict[int, float]:
     """{step: value} of the present lineage, without what a rollback undid."""
     lines = current_lineage(read_jsonl(run / "metrics.jsonl"))
-    found = {line["step"]: line[metric] for line in lines if metric in line}
+    numbers = [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in lines]
+    found = {line["step"]: line[metric] for line in numbers if metric in line}
     if not found:
-        names = sorted({name for line in lines for name in line if name != "step"})
+        names = sorted({name for line in numbers for name in line} - {"step"})
         known = f"it logs {', '.join(names)}" if names else "it has no metrics.jsonl"
         raise UsageError(f"{run}: nothing is logged as {metric!r}; {known}")
     return found
@@ -36,6 +40,23 @@ def rollbacks_of(run: Path) -> list[tuple[int, int]]:
         for line in lines
         if line.get("autonpo/distance")
     ]
+
+
+def what_sets_apart(run: Path) -> dict:
+    """Its flags, and short hashes of its code, data, model and reward.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    config = stored_config(run)
+    if config is None:
+        raise UsageError(f"{run}: holds no run")
+    code = run / "code.diff"
+    found = {"code": file_hashes([code])[0]} if code.is_file() else {}
+    found |= {
+        f"{name}, content": value for name, value in stored_json(run / "fingerprints.json").items()
+    }
+    return config | {name: value[-8:] for name, value in found.items()}
 
 
 def grouped(configs: dict[Path, dict]) -> tuple[list[str], dict[tuple, list[Path]]]:
@@ -98,22 +119,25 @@ def main(
         metric: A key of metrics.jsonl, such as accuracy or completions/mean_length.
         to: Where the picture goes.
     """
+    to = to if to.suffix else to.with_suffix(".png")
+    short = len({run.name for run in runs}) == len(runs)
+    names = {run: run.name if short else str(run) for run in runs}
     try:
-        configs = {run: stored_config(run) for run in runs}
-        if missing := [str(run) for run, config in configs.items() if config is None]:
-            raise UsageError(f"{', '.join(missing)}: holds no run")
-        differ, groups = grouped(configs)
+        differ, groups = grouped({run: what_sets_apart(run) for run in runs})
         rows = [("runs", *differ, f"last {metric}")]
         for values, some in groups.items():
-            step, mean, half = band([curve_of(run, metric) for run in some])[-1]
+            points = band([curve_of(run, metric) for run in some])
+            if not points:
+                raise UsageError(f"{', '.join(map(str, some))}: {metric} at no step of all of them")
+            step, mean, half = points[-1]
             last = f"{mean:.4g}" + (f" ± {half:.2g}" if len(some) > 1 else "") + f" (step {step})"
-            rows.append((", ".join(run.name for run in some), *values, last))
-    except UsageError as error:
+            rows.append((", ".join(names[run] for run in some), *values, last))
+        draw({row[0]: some for row, some in zip(rows[1:], groups.values())}, metric, to)
+    except (UsageError, OSError, ValueError) as error:  # ValueError: of an unknown kind of picture
         raise SystemExit(f"error: {error}") from None
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)))
-    draw({row[0]: some for row, some in zip(rows[1:], groups.values())}, metric, to)
     print(to)
 
 

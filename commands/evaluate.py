@@ -44,6 +44,7 @@ from plumbing.rollout import Prompt, batched
 from plumbing.rows import BOXED
 from plumbing.run import derived_seed
 from plumbing.settings import WORLDS, ModelConfig, within
+from plumbing.vllm_sampler import SUBMISSION
 
 
 @dataclass
@@ -59,7 +60,7 @@ class EvaluateConfig(ModelConfig):
     samples: int = 1  # K answers to each item
     temperature: float = 1.0  # as in training; that of the paper is not in our sources
     max_new_tokens: int | None = None  # longest answer [worlds 80, else 4096]
-    batch_size: int | None = None  # answers at a time [worlds 64, else 16; with vllm 256]
+    batch_size: int | None = None  # answers at a time [worlds 64, else 16; with vllm 1024]
     seed: int = 0  # of sampling
 
     dry_run = fresh = False  # of training; `command_line` asks for them
@@ -72,7 +73,7 @@ class EvaluateConfig(ModelConfig):
         if self.max_new_tokens is None:
             self.max_new_tokens = 80 if self.in_world else 4096
         if self.batch_size is None:
-            self.batch_size = 64 if self.in_world else 256 if self.sampler == "vllm" else 16
+            self.batch_size = 64 if self.in_world else SUBMISSION if self.sampler == "vllm" else 16
 
     @property
     def names(self) -> list[str]:
@@ -129,11 +130,6 @@ def asked_items(config: EvaluateConfig) -> dict[str, list[Item]]:
             items[name] = [Item(p.id, p.id, "", lambda p=p: p) for p in prompts]
         elif is_own(name):
             items[name] = own_items(name, config)
-        elif image_parts(config.model_path)[0] is None:
-            raise UsageError(
-                f"--benchmarks {name}: asks about pictures, and {config.model} reads text only; "
-                "give a data set of texts, as in --benchmarks my.jsonl"
-            )
         else:
             items[name] = items_of(name, config.data_dir)
     return items
@@ -169,7 +165,12 @@ def open_predictions(config: EvaluateConfig, items: dict[str, list[Item]]) -> di
 
 def load_sampler(config: EvaluateConfig) -> Policy | vllm_sampler.VLLMSampler:
     model = checked(config.model_path)
-    whole = base_model_of(model)
+    whole, pictured = base_model_of(model), [name for name in config.names if not is_own(name)]
+    if pictured and image_parts(whole)[0] is None:
+        raise UsageError(
+            f"--benchmarks {pictured[0]}: asks about pictures, and {config.model} reads text only; "
+            "give a data set of texts, as in --benchmarks my.jsonl"
+        )
     if config.sampler == "hf":
         return Policy(model, config.device, config.dtype)
     engine = vllm_sampler.VLLMSampler(whole, config.max_new_tokens, config.dtype)

@@ -79,7 +79,8 @@ class Pool:
         known = [c.token_ids for c in self.answers.get(row, [])]
         new = {tuple(c.token_ids): c for c in right if c.token_ids not in known}
         new = [
-            asdict(dataclasses.replace(c, source=f"past@{step}", exact=True)) for c in new.values()
+            asdict(dataclasses.replace(c, source=f"past@{step}", exact=True, ratios=None))
+            for c in new.values()
         ]
         solved = len(right)
         return {

@@ -38,10 +38,9 @@ from commands.trl_trainer import (
     NPOConfig,
     NPOTrainer,
     Processor,
-    accuracy,
-    answered,
     flag,
     load_processor,
+    rewards_of,
     rows_of,
 )
 from plumbing import UsageError
@@ -52,15 +51,16 @@ from plumbing.checkpoints import (
 )
 from plumbing.command import flag_comments, open_directory
 from plumbing.data import load_prompts
-from plumbing.encode import config_of, vision_token_ids
+from plumbing.encode import config_of, stop_ids, vision_token_ids
 from plumbing.guide_cache import GuideCache
 from plumbing.lora import ADAPTED
 from plumbing.model import auto_class
+from plumbing.own_code import load_function
 from plumbing.run import rows_of_step, rows_of_steps
 from plumbing.trl_run import TRLRun, on_main
 
 # Flags that are npo.py's and autonpo.py's own, with their defaults and help, and two that are not
-OURS = {"model", "dataset", "columns", "lora", "keep", "guide_samples"}
+OURS = {"model", "dataset", "columns", "reward", "lora", "keep", "guide_samples"}
 OURS_UNDER = {"intervention", "trigger"}  # these headings
 NEW = {
     "intervention": (Literal["early", "late", "early+late"] | None, None, "go ahead and back [no]"),
@@ -182,6 +182,8 @@ def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrai
     """A trainer whose data set is the rows of the steps to `last`, in the order of npo.py."""
     prompts, rows = load_prompts(ours)[0], rows_of_steps(ours, 1, last)
     processor = load_processor(ours.model_path)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    stops = [tokenizer.eos_token_id, *stop_ids(ours.model_path, tokenizer)]  # as TRL has them
     model = auto_class(config_of(ours.model_path)).from_pretrained(
         ours.model_path,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
@@ -207,7 +209,7 @@ def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrai
     return NPOTrainer(
         model=model,
         args=config,
-        reward_funcs=[accuracy, answered],
+        reward_funcs=rewards_of(stops),
         train_dataset=table.select([place[row] for row in asked]),
         processing_class=processor,
         peft_config=adapters,
@@ -220,7 +222,9 @@ def run_method(arguments, config: NPOConfig) -> None:
     last = [ours.steps]
     if isinstance(ours, npo.NPOConfig) and not ours.guide:
         last.append(ours.plateau_end if ours.late else ours.scout_steps)
-    config.reward_weights = [verifier.ACCURACY_WEIGHT, verifier.FORMAT_WEIGHT]
+    config.reward_weights = [0.0, 1.0]  # of `rewards_of`
+    if ours.reward:
+        verifier.reward = load_function("--reward", ours.reward, "prompt", "completion")
     trainer, out = make_trainer(ours, config, max(last)), Path(ours.out)
     trainer.holds = None  # which checkpoint its weights are
     if arguments.auto:

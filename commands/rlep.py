@@ -65,7 +65,10 @@ def token_mean_update(run: Run, groups: list[Group], config: RLEPConfig) -> dict
     def loss(policy, samples, config, _, num_tokens: int) -> tuple[torch.Tensor, dict]:
         return policy_loss(policy, samples, config, num_tokens, num_tokens)
 
-    return update(run.policy, run.optimizer, groups, config, advantages, loss)
+    stats = update(run.policy, run.optimizer, groups, config, advantages, loss)
+    for completion in (c for group in groups for c in group.completions):
+        completion.advantage /= len(completion.token_ids)  # as it is recorded
+    return stats
 
 
 def train(config: RLEPConfig, out: Path) -> None:
@@ -77,23 +80,20 @@ def train(config: RLEPConfig, out: Path) -> None:
         grpo.train(scout, out / "scout")
         guide = checkpoint_path(out / "scout", steps)
     cache = ask_about_all(config, guide, out / "guide.jsonl", keep=config.guide_samples)
-    pool = {id: found for id, found in cache.answers.items() if len(found) >= config.min_correct}
-    for answer in (answer for found in pool.values() for answer in found):
+    for answer in (answer for found in cache.answers.values() for answer in found):
         answer.behavior_logprobs = None  # q is the policy itself
     with Run(config, out, spent_tokens=cache.spent_tokens) as run:
         for step in run.steps():
             groups = run.sample(step, group_size=config.group_size + config.replays)
             verifier.score(groups)
             rng = random.Random(derived_seed(config.seed, "replay", step))
+            right = [cache.answers_to(g.prompt, step, config.guide_samples) for g in groups]
             mixed = [
-                take_slots(group, rng.sample(pool[group.prompt.id], config.replays))
-                if group.prompt.id in pool
-                else group
-                for group in groups
+                take_slots(g, rng.sample(found, config.replays))
+                if len(found) >= config.min_correct
+                else g
+                for g, found in zip(groups, right)
             ]
-            for group, answer in ((g, c) for g in mixed for c in g.completions):
-                if answer.source != "policy":
-                    verifier.set_reward(group.prompt, answer)
             run.sampled_tokens -= replaced_tokens(groups, mixed)
             stats = token_mean_update(run, mixed, config)
             run.end_step(step, groups, stats, mixed)

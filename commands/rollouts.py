@@ -38,7 +38,7 @@ def page(rows: list[dict], prompts: dict[str, Prompt], tokenizer, title: str) ->
     """The HTML text of a step's rows, as plumbing.record writes them."""
     groups = {}
     for row in rows:
-        groups.setdefault(row["prompt_id"], []).append(row)
+        groups.setdefault(row["group"], []).append(row)
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -48,10 +48,10 @@ def page(rows: list[dict], prompts: dict[str, Prompt], tokenizer, title: str) ->
         "token is red where the update found it less likely than who wrote it did (importance ",
         "ratio below 1), and blue where likelier; point at it for the numbers.</p>",
     ]
-    for prompt_id, slots in groups.items():
-        shown = "".join(
-            f"<p><img src='{picture(image)}' alt=''></p>" for image in prompts[prompt_id].images
-        )
+    for slots in groups.values():
+        prompt_id = slots[0]["prompt_id"]
+        images = prompts[prompt_id].images if prompt_id in prompts else []
+        shown = "".join(f"<p><img src='{picture(image)}' alt=''></p>" for image in images)
         question, gold = (html.escape(slots[0][name]) for name in ("prompt", "gold"))
         parts.append(
             f"<article><small>{html.escape(prompt_id)}</small>{shown}<pre>{question}</pre>"
@@ -103,11 +103,11 @@ def picture(image) -> str:
 
 
 def prompts_of(config: dict, wanted: set[str]) -> dict[str, Prompt]:
-    """{id: prompt} of a run's configuration."""
+    """{id: prompt} of a run's configuration, without those that its data no longer has."""
     names = {field.name for field in dataclasses.fields(RunConfig)}
     train, _ = load_prompts(RunConfig(**{k: v for k, v in config.items() if k in names}))
     rows = {f"{train.fingerprint}:{row}": place for place, row in enumerate(train.kept)}
-    return {id: train[rows[id]] for id in wanted}
+    return {id: train[rows[id]] for id in wanted & rows.keys()}
 
 
 def main(run: Path, /, step: int, rollback: int = 0) -> None:

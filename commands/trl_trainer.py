@@ -39,6 +39,7 @@ PRIVATE = {
     "_save_checkpoint": "self, model, trial",
 }
 SILENT = 1e-3  # an advantage below it is a rounding error; real ones are above 0.3 at G = 8
+COLUMNS = "images", "prompt_id", "gold", "choices", "working"  # of a data set, beside "prompt"
 OPTIONS = {"model", "args", "reward_funcs", "train_dataset", "processing_class", "peft_config"}
 
 
@@ -136,7 +137,8 @@ class NPOTrainer(trl.GRPOTrainer):
             for row, ids, text, right in zip(self._asked, token_ids, texts, accuracies):
                 finished = ids[-1] in self.eos_token_ids
                 answer = Completion(row["prompt_id"], ids, None, text[0]["content"], finished)
-                answer.answer, answer.accuracy = verifier.extract_answer(answer.text), right
+                answer.answer = verifier.extract_answer(answer.text) if finished else None
+                answer.accuracy = right
                 answer.reward = verifier.reward(prompt_of(row), answer)
                 answers.append(answer)
             self._taken = self._take_slots(prompt_ids, answers)
@@ -322,11 +324,26 @@ def load_processor(path: str | Path):
     return Processor(image_processor, tokenizer) if image_processor else tokenizer
 
 
-def accuracy(completions, gold, choices, **_) -> list[float]:
-    texts = [completion[0]["content"] for completion in completions]
-    return [float(verifier.is_correct(*answer)) for answer in zip(texts, gold, choices)]
+def rewards_of(stops: list[int]) -> list:
+    """TRL's reward functions: the accuracy, for a weight of 0, and verifier.reward, of 1.
 
+    `stops` are the ids that end an answer: one that was cut off is wrong, as in the plain loops.
+    """
 
-def answered(completions, **_) -> list[float]:
-    """The format reward: there is an answer to extract."""
-    return [float(verifier.extract_answer(c[0]["content"]) is not None) for c in completions]
+    def judged(prompts, completions, completion_ids, **columns) -> list[Completion]:
+        answers = []
+        for place, (said, ids) in enumerate(zip(completions, completion_ids)):
+            row = {name: columns[name][place] for name in COLUMNS if name in columns}
+            prompt = prompt_of(row | {"prompt": prompts[place]})
+            answer = Completion(prompt.id, ids, None, said[0]["content"], ids[-1] in stops)
+            verifier.score([Group(prompt, EncodedPrompt([]), [answer])])
+            answers.append(answer)
+        return answers
+
+    def accuracy(**columns) -> list[float]:
+        return [answer.accuracy for answer in judged(**columns)]
+
+    def reward(**columns) -> list[float]:
+        return [answer.reward for answer in judged(**columns)]
+
+    return [accuracy, reward]

@@ -12,8 +12,8 @@ import statistics
 from experiments.runs import HERE, commit
 from grpo import GRPOConfig
 from plumbing.data import load_prompts
+from plumbing.exact import exact_accuracies, right_texts
 from plumbing.model import Policy
-from plumbing.run import exact_accuracies
 
 RESULTS = HERE / "difficulty.json"
 
@@ -26,7 +26,7 @@ def rows(world: str) -> list[dict]:
     config, found = GRPOConfig(model=world), []
     policy = Policy(config.model_path)
     for split, prompts in zip(("training", "held-out"), load_prompts(config)):
-        chances = exact_accuracies(policy, prompts, config)
+        chances = exact_accuracies(policy, right_texts(policy, prompts), config)
         groups = {"all": chances}
         for hand, chance in zip(prompts.rows, chances):
             groups.setdefault(group_of(world, hand), []).append(chance)

@@ -1,6 +1,6 @@
 """A model of a public size with random weights, to measure time and memory without a download.
 
-    python -m experiments.random_model 2B runs/random-2B
+    python -m experiments.random_model 2b runs/random-2b
 
 writes a `save_pretrained` folder with the shapes of Qwen3-VL-2B, and 64 pictured questions, and
 prints the ordinary command that runs on them. Its log has the seconds of every step; on a GPU it
@@ -31,9 +31,9 @@ TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_
 TOWER = ("hidden_size", "intermediate_size", "depth", "num_heads", "deepstack_visual_indexes")
 SMALL_TOWER, LARGE_TOWER = (1024, 4096, 24, 16, (5, 11, 17)), (1152, 4304, 27, 16, (8, 16, 24))
 SIZES = {  # from the config.json of Qwen3-VL-*-Instruct: TEXT, TOWER, tied embeddings
-    "8B": ((4096, 12288, 36, 32), LARGE_TOWER, False),
-    "4B": ((2560, 9728, 36, 32), SMALL_TOWER, True),
-    "2B": ((2048, 6144, 28, 16), SMALL_TOWER, True),
+    "8b": ((4096, 12288, 36, 32), LARGE_TOWER, False),
+    "4b": ((2560, 9728, 36, 32), SMALL_TOWER, True),
+    "2b": ((2048, 6144, 28, 16), SMALL_TOWER, True),
     "tiny": ((64, 96, 2, 8), (64, 96, 2, 2, (0,)), False),  # for tests
 }
 
@@ -78,7 +78,7 @@ def write_questions(out: Path) -> None:
 
 
 def main(
-    size: tyro.conf.Positional[Literal["2B", "4B", "8B", "tiny"]],
+    size: tyro.conf.Positional[Literal["2b", "4b", "8b", "tiny"]],
     out: tyro.conf.Positional[Path],
     length: int = 2000,
 ) -> None:
@@ -101,7 +101,8 @@ def main(
     model.save_pretrained(out, max_shard_size=SHARD)
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters. Measure with\n")
     print(f"    python npo.py --model {out} --dataset {out}/questions.jsonl --out {out}-npo \\")
-    print("        --steps 4 --scout-steps 2 --eval-prompts 16 --eval-every 100")
+    short = " --max-new-tokens 48" * (size == "tiny")  # on a CPU
+    print(f"        --steps 4 --scout-steps 2 --eval-prompts 16 --eval-every 100{short}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from experiments.results import interval
 from npo import NPOConfig, replace_slot
 from plumbing.checkpoints import checkpoint_path
 from plumbing.data import load_prompts
-from plumbing.model import Policy
+from plumbing.model import Policy, longer
 from plumbing.rollout import Completion, Group, Prompt, batched, samples_with_signal
 from plumbing.run import derived_seed, read_jsonl, rows_of_step
 
@@ -75,14 +75,13 @@ def usable(completion: Completion) -> bool:
     return completion.accuracy == 1 and completion.finished
 
 
-def forward(policy: Policy, prefilled: tuple, ids, answered, steps) -> torch.Tensor:
-    """Log-probs (B, T, V) of the token after each of `ids` (B, T), which stand at `steps` of the
-    answers and see the tokens of the answers that `answered` (B, N) marks."""
+def forward(policy: Policy, prefilled: tuple, ids, first: int = 0) -> torch.Tensor:
+    """Log-probs (B, T, V) of the token after each of `ids` (B, T), after `first` calls with one."""
     _, attention, positions, cache = prefilled
     hidden = policy.model.base_model(
         input_ids=ids,
-        attention_mask=torch.cat([attention, answered.to(attention.dtype)], dim=1),
-        position_ids=positions[:, :, -1:] + steps,
+        attention_mask=longer(attention, first + ids.shape[1] - 1),
+        position_ids=positions[:, :, -1:] + first + torch.arange(ids.shape[1]),
         past_key_values=cache,
     ).last_hidden_state
     return policy.sampling_logprobs(policy.model.get_output_embeddings()(hidden), 1.0)
@@ -94,10 +93,8 @@ def distributions(policy: Policy, rows: list[tuple]) -> Iterator[torch.Tensor]:
     for chunk in batched(rows, 4 * CHUNK):
         prefilled = policy.prefill_prompts([prompt for prompt, _ in chunk])
         tokens = pad_sequence([torch.tensor(answer) for _, answer in chunk], batch_first=True)
-        steps = torch.arange(tokens.shape[1])
-        mask = steps < torch.tensor([len(answer) for _, answer in chunk])[:, None]  # (B, T)
         ids = torch.cat([prefilled[0][:, -1:], tokens[:, :-1]], dim=1)
-        values = forward(policy, prefilled, ids, mask[:, :-1], steps)
+        values = forward(policy, prefilled, ids)
         yield from (row[: len(answer)] for row, (_, answer) in zip(values, chunk))
 
 
@@ -117,8 +114,7 @@ def tilted(policy: Policy, guide: Policy, groups: list[Group], length: int, seed
         total = torch.zeros(len(rows), dtype=torch.float64)
         running = torch.ones(len(rows), dtype=torch.bool)
         for step in range(length):
-            answered = torch.ones(len(rows), step)
-            p, q = (forward(model, read, last, answered, step)[:, -1] for model, read in both)
+            p, q = (forward(model, read, last, step)[:, -1] for model, read in both)
             tilt = torch.where(p == float("-inf"), p, 2 * p - q)  # (B, V)
             log_moment = torch.logsumexp(tilt, dim=-1)  # (B,)
             total += torch.where(running, log_moment, 0.0)

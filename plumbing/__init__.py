@@ -8,10 +8,13 @@ settings        flags that every command shares, their defaults and checks
 metrics         numbers out of groups; the step's log line
 files           what a kill, a power cut or a second process cannot harm
 lora            adapters that are trained in place of the weights
+attention       attention without a mask where none is needed
 model           the network: sampling and log-probabilities
 pictures        what a data set stores, as a person sees it
 rows            a row of a data set: question, options, pictures, gold
+sources         rows of a file, a folder, the hub or a user's function
 data            prompts from an embedded world or any data set
+exact           accuracy without sampling
 checkpoints     the only place that writes or removes one
 vllm_sampler    the only place that knows vLLM
 memory          what a configuration takes, before and at the start of a run

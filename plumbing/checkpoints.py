@@ -163,13 +163,7 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     with full_disk_is_told(aside, path):
-        policy.model.save_pretrained(aside, max_shard_size=SHARD)
-        policy.tokenizer.save_pretrained(aside)
-        if policy.image_processor:
-            policy.image_processor.save_pretrained(aside)
-        policy.stock_generation_config.save_pretrained(aside)
-        if policy.video_config:
-            (aside / VIDEO_CONFIG).write_text(policy.video_config)
+        write_model(policy, aside)
         torch.save(optimizer.state_dict(), aside / "optimizer.pt")
         files = sorted(aside.iterdir())
         for file in files:
@@ -177,6 +171,17 @@ def save_checkpoint(
         write_state(aside, state, dict(zip((f.name for f in files), file_hashes(files))))
     shutil.rmtree(path, ignore_errors=True)
     aside.rename(path)
+
+
+def write_model(policy: Policy, folder: Path) -> None:
+    """All that loading it takes, its adapters alone where it has some."""
+    policy.model.save_pretrained(folder, max_shard_size=SHARD)
+    policy.tokenizer.save_pretrained(folder)
+    if policy.image_processor:
+        policy.image_processor.save_pretrained(folder)
+    policy.stock_generation_config.save_pretrained(folder)
+    if policy.video_config:
+        (folder / VIDEO_CONFIG).write_text(policy.video_config)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ from typing import Annotated
 
 from tqdm import tqdm
 
+import verifier
 from plumbing import UsageError
 from plumbing.files import LOCK, lock, make_directory, write_aside
 from plumbing.fingerprints import fingerprints
+from plumbing.own_code import is_function, load_function
 from plumbing.settings import MAY_CHANGE_ON_RESUME
 
 
@@ -37,6 +39,7 @@ def command_line(config_class, entry) -> None:
             return
         if config.fresh:
             start_over(config)
+        tqdm.write(config.where)
         entry(config)
     except (UsageError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
@@ -99,8 +102,10 @@ def flag_comments(config_class) -> dict[str, tuple[str, str]]:
 def open_directory(config, out: Path) -> None:
     """Makes the directory, or checks that it holds a run of the same configuration, data, model.
 
-    From then on no other process writes there.
+    From then on no other process writes there, and answers are paid by --reward.
     """
+    if config.reward:
+        verifier.reward = load_function("--reward", config.reward, "prompt", "completion")
     mine, theirs = json.loads(json.dumps(dataclasses.asdict(config))), stored_config(out)
     make_directory(out)
     inside = {path.name for path in out.iterdir()} - {"config.json.tmp", LOCK}
@@ -123,13 +128,13 @@ def open_directory(config, out: Path) -> None:
         raise another_run(out, differ)
     write_aside(out / "config.json", json.dumps(mine, indent=2) + "\n")
     write_aside(known, json.dumps(prints, indent=2) + "\n")
-    keep_code(out, bool(begun))
+    keep_code(config, out, bool(begun))
 
 
-def keep_code(out: Path, begun: bool) -> None:
-    """Writes the commit and what differs from it to code.diff; tells a run that goes on with more.
+def keep_code(config, out: Path, begun: bool) -> None:
+    """Writes code.diff: the commit, what differs from it, and the files of --reward and --dataset.
 
-    Without git, and in an installed copy, there is nothing to write.
+    Tells a run that goes on with other code. Without git the commit is left out.
     """
 
     def git(*words: str) -> str:
@@ -139,6 +144,9 @@ def keep_code(out: Path, begun: bool) -> None:
     commit, path = git("rev-parse", "HEAD"), out / "code.diff"
     before = path.read_text() if path.is_file() else ""
     now = f"commit {commit}{git('diff', 'HEAD', '--', '*.py')}" if commit else ""
+    for spec in filter(is_function, (config.reward or "", config.dataset)):
+        file = Path(spec.rpartition(":")[0])
+        now += f"--- {file}\n{file.read_text()}"
     if now and not before.endswith(now):
         write_aside(path, before + now)
         if begun:

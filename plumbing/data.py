@@ -8,10 +8,10 @@ prompts that it was made for. Rows that cannot be asked or judged are dropped an
 
 import functools
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,18 +20,16 @@ from tqdm import tqdm
 from plumbing import Unusable, UsageError
 from plumbing.encode import (
     MAX_IMAGES,
-    first_line,
     image_parts,
-    is_lfs_pointer,
     load_tokenizer,
     prompt_length,
     rendered,
     special_token,
 )
-from plumbing.own_code import is_function, load_function
 from plumbing.pictures import NO_IMAGE, as_seen, columns_of_pictures
 from plumbing.rollout import Prompt
 from plumbing.rows import BOXED, MORE_MARKS, read_row
+from plumbing.sources import open_dataset
 from worlds import cards, staircase
 
 COLUMNS = {"prompt": "problem", "images": "images", "answer": "answer", "choices": ""}  # geometry3k
@@ -40,9 +38,8 @@ HUB_COLUMNS = {  # of data sets on the hub that name them differently
     "FanqingM/MMK12": "prompt=question,images=image",
     "open-r1/DAPO-Math-17k-Processed": "prompt=prompt,answer=solution",
 }
-HUB_CONFIGS = {"open-r1/DAPO-Math-17k-Processed": "en"}  # of data sets that have several
-FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 LONGEST_TOKEN = 128  # characters, in Qwen's vocabulary
+THREAD = ThreadPoolExecutor(1)
 MAX_SHOWN = 1200  # characters of the prompt that is shown at the start
 
 
@@ -62,6 +59,7 @@ class PromptSet:
     parts: Sequence[str] = ()  # of a world that has several: the part of each row
     replaced: set[int] = field(default_factory=set)  # rows whose pixels are broken, so far
     content: str = ""  # a hash of all that is asked, pictures too
+    coming: dict[int, Future] = field(default_factory=dict)  # prompts that a thread makes
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -70,8 +68,19 @@ class PromptSet:
         """The id of a prompt, without making it; another's is asked if its picture is broken."""
         return f"{self.fingerprint}:{self.kept[place]}"
 
+    def prefetch(self, places: Sequence[int]) -> None:
+        """Makes prompts in a thread of its own, while something else is done, for asking once."""
+        for prompt in self.coming.values():
+            prompt.cancel()
+        self.coming.clear()
+        self.coming.update({place: THREAD.submit(self._made, place) for place in places})
+
     def __getitem__(self, place: int) -> Prompt:
         first = range(len(self))[place]  # IndexError behind the last, which ends a loop
+        coming = self.coming.pop(first, None)
+        return coming.result() if coming else self._made(first)
+
+    def _made(self, first: int) -> Prompt:
         for step in range(len(self)):
             row = self.kept[(first + step) % len(self)]
             try:
@@ -327,54 +336,3 @@ def parse_columns(text: str) -> dict[str, str]:
             f"{', '.join(COLUMNS)}, as in prompt=problem,images=images,answer=answer"
         )
     return columns
-
-
-def open_dataset(name: str):
-    """The rows of the split "train": of a data file, a folder, or a hub id."""
-    import datasets  # takes a second to import, and the cards do without
-
-    if is_function(name):
-        rows = load_function("--dataset", name)()
-        if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
-            raise UsageError(f"--dataset {name}: must return a list of dicts, a row each")
-        try:
-            return datasets.Dataset.from_list(rows)
-        except Exception as error:  # a column of several kinds
-            raise UsageError(f"--dataset {name}: {first_line(error)}") from error
-    kind = FILE_TYPES.get(Path(name).suffix)
-    if kind and not Path(name).is_file():
-        raise UsageError(f"--dataset {name}: there is no such file")
-    if Path(name).is_file() and not kind:
-        raise UsageError(f"--dataset {name}: cannot be read; only {', '.join(FILE_TYPES)} can")
-    try:
-        if kind:
-            return datasets.load_dataset(kind, data_files=name, split="train")
-        return datasets.load_dataset(name, HUB_CONFIGS.get(name), split="train")
-    except Exception as error:  # datasets raises a dozen types for not there, no split, no network
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-        if kind:
-            reason = fault_of(Path(name), reason)
-            raise UsageError(f"--dataset {name}: cannot be loaded ({reason})") from error
-        raise UsageError(
-            f"--dataset {name}: cannot be loaded ({type(error).__name__}: {reason}); check the "
-            'name and that it has a split "train". Without a network, give a data file or a '
-            "folder, or set HF_HOME to the cache of a machine that has loaded it"
-        ) from error
-
-
-def fault_of(path: Path, reason: str) -> str:
-    """What is wrong with a data file, where `datasets` does not say it well."""
-    content = path.read_bytes()
-    if not content.strip(b"[]{} \r\n") or "corresponds to no data" in reason:
-        return "it holds no rows"
-    if is_lfs_pointer(path):
-        return "it is a Git LFS pointer; git lfs pull brings it"
-    lines = content.splitlines() if path.suffix.startswith(".json") else []
-    for number, line in enumerate([content] if content.lstrip()[:1] == b"[" else lines, 1):
-        try:
-            json.loads(line.strip() or "null")
-        except ValueError as error:
-            said = getattr(error, "msg", str(error))  # what is no UTF-8 has none
-            hint = "; a backslash is written twice, as in \\\\frac" if "escape" in said else ""
-            return f"line {number}: {said}{hint}"
-    return reason

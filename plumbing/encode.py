@@ -1,5 +1,6 @@
 """From prompts to token ids and patches. Needs a model's folder, but not its weights."""
 
+import functools
 import hashlib
 import json
 import re
@@ -64,8 +65,8 @@ def image_parts(path: str | Path) -> tuple:
         shape = config_of(path)
         if not hasattr(shape, "vision_config"):
             return None, None
-        # "pil" does without torchvision
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+        # torchvision's where it is installed, else PIL's, as vLLM does: they resize differently
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
         return processor, shape.image_token_id
     except Exception as error:
         raise unloadable(path, error) from error
@@ -131,13 +132,19 @@ def encode(prompt: Prompt, tokenizer, image_processor, image_token_id) -> Encode
     ids = placeholder_ids(prompt, tokenizer, image_token_id)
     if not prompt.images:
         return EncodedPrompt(ids)
-    pixels = image_processor(images=prompt.images, return_tensors="pt")
-    visual_tokens = pixels.image_grid_thw.prod(-1) // image_processor.merge_size**2
-    copies = iter(visual_tokens.tolist())
+    copies = iter([visual_tokens(image.size, image_processor) for image in prompt.images])
     expanded = []
     for id in ids:
         expanded += [id] * (next(copies) if id == image_token_id else 1)
-    return EncodedPrompt(expanded, pixels.pixel_values, pixels.image_grid_thw)
+    cut = functools.partial(image_processor, images=prompt.images, return_tensors="pt")
+    return EncodedPrompt(expanded, cut)
+
+
+def visual_tokens(size: tuple[int, int], image_processor) -> int:
+    """How many tokens a picture of (width, height) is."""
+    width, height = size
+    patches = image_processor.get_number_of_image_patches(height, width)
+    return patches // image_processor.merge_size**2
 
 
 def flat(messages: list[dict]) -> list[dict]:
@@ -191,7 +198,4 @@ def prompt_length(
     """How many token ids `encode` makes, from the images' (width, height) alone."""
     prompt = Prompt("of the data set", messages, sizes, "")
     ids = placeholder_ids(prompt, tokenizer, image_token_id)
-    patches = sum(
-        image_processor.get_number_of_image_patches(height, width) for width, height in sizes
-    )
-    return len(ids) - len(sizes) + (patches // image_processor.merge_size**2 if sizes else 0)
+    return len(ids) - len(sizes) + sum(visual_tokens(size, image_processor) for size in sizes)

@@ -44,6 +44,7 @@ def fingerprints(config) -> dict[str, str]:
             for name in names
         )
         found[what] = fingerprint(file_hashes([*map(Path, filter(None, files)), *more]))
-    if config.reward:
-        found["reward"] = file_hashes([Path(config.reward.rpartition(":")[0])])[0]
+    own = {"file of --reward": (config.reward or "").rpartition(":")[0]}
+    own["file of --guide"] = getattr(config, "guide", None) or ""
+    found |= {what: file_hashes([Path(f)])[0] for what, f in own.items() if Path(f).is_file()}
     return found

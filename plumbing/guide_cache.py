@@ -6,7 +6,10 @@ guide does not solve has a line without answers, so the file also measures the g
 It is whole when it has as many lines as its header says; a file cut short by a kill is continued.
 """
 
+import dataclasses
+import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import verifier
 from plumbing import UsageError
 from plumbing.checkpoints import checked, checkpoint_state
 from plumbing.command import stored_config
-from plumbing.data import load_prompts
+from plumbing.data import PromptSet, load_prompts
 from plumbing.encode import (
     config_of,
     load_tokenizer,
@@ -27,7 +30,8 @@ from plumbing.encode import (
 from plumbing.files import append, is_sealed, json_lines, read_jsonl, seal_of, write_aside
 from plumbing.model import Policy
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
-from plumbing.run import derived_seed, sampled_tokens, sampler_of
+from plumbing.run import derived_seed, sampled_tokens
+from plumbing.vllm_sampler import at_once, sampler_of
 
 VERSION = 3  # of the file's format
 
@@ -47,24 +51,28 @@ class GuideCache:
         return self.sampled_tokens + self.header.get("guide_sampled_tokens", 0)
 
     def answers_to(self, prompt: Prompt, step: int, slots: int = 1) -> list[Completion]:
-        """The guide's first `slots` answers to a prompt, paid by the reward of this run.
+        """The guide's first `slots` answers to a prompt that are right, paid by this run's reward.
 
         None after the last guided step.
         """
-        found = self.answers.get(prompt.id, [])[:slots] if step <= self.until else []
+        kept = self.answers.get(prompt.id, []) if step <= self.until else []
+        found = [dataclasses.replace(answer) for answer in kept]  # a prompt may be asked twice
         for answer in found:
-            verifier.set_reward(prompt, answer)
-        return found
+            verifier.set_reward(prompt, answer)  # which may judge by a scorer of its own
+        return [answer for answer in found if answer.accuracy][:slots]
 
-    def reach(self, ids: list[str], first: int, last: int) -> str:
-        """How many of the prompts of steps `first` to `last`, given by their ids, it can guide."""
-        have = sum(id in self.answers for id in ids)
-        return f"{have} of the {len(ids)} prompts of steps {first}-{last}"
+    def reach(self, prompts: PromptSet, rows: list[int], first: int, last: int) -> str:
+        """How many of the prompts of steps `first` to `last`, in `rows`, it can guide."""
+        known = [row for row in rows if prompts.id_of(row) in self.answers]
+        known = tqdm(known, desc="looking for prompts to guide", delay=3, leave=False)
+        have = sum(bool(self.answers_to(prompts[row], first)) for row in known)
+        return f"{have} of the {len(rows)} prompts of steps {first}-{last}"
 
     def __str__(self) -> str:
         solved, prompts = len(self.answers), self.header["prompts"]
-        if "guide_step" not in self.header:  # of texts
-            return f"a right text for {solved} of {prompts} prompts"
+        if "skipped" in self.header:  # of texts
+            skipped = [f", {count} {reason}" for reason, count in self.header["skipped"].items()]
+            return f"a right text for {solved} of {prompts} prompts" + "".join(skipped)
         return (
             f"guide@{self.header['guide_step']} solved {solved} of {prompts} prompts "
             f"({solved / prompts:.0%}) within {self.header['samples']} answers, "
@@ -86,11 +94,10 @@ def kind_of_guide(guide: str) -> tuple[str, Path]:
         return "checkpoint", path
     if path.is_file():
         with open(path, "rb") as file:
-            first = file.readline(1 << 20)
-        if b'"version"' in first:
-            return "cache", path
-        if b'"text"' in first:
-            return "texts", path
+            first = file.read(1 << 20).lstrip().split(b"\n")[0]
+        for word, kind in ((b'"text"', "texts"), (b'"version"', "cache")):
+            if word in first:
+                return kind, path
     raise UsageError(
         f"--guide {guide}: is no guide; give self, a checkpoint's folder, the directory of a run "
         "with a guide.jsonl, a guide.jsonl, or a .jsonl of answers, lines of "
@@ -106,19 +113,34 @@ def guide_of_texts(path: Path, config, until: int) -> GuideCache:
     """
     prompts, tokenizer = load_prompts(config)[0], load_tokenizer(config.model_path)
     places = {prompts.id_of(place): place for place in range(len(prompts))}
-    end, answers, lines = stop_ids(config.model_path, tokenizer)[0], {}, read_jsonl(path)
-    for number, line in enumerate(tqdm(lines, desc=f"reading {path}", delay=3), 1):
-        id = line.get("prompt_id", f"{prompts.fingerprint}:{line.get('row')}")
-        if not isinstance(line.get("text"), str):
-            raise UsageError(f"--guide {path}: line {number} has no text")
-        if id not in places:  # held out, or dropped
+    end, answers, skipped = stop_ids(config.model_path, tokenizer)[0], {}, Counter()
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, text in enumerate(tqdm(lines, desc=f"reading {path}", delay=3), 1):
+        if not text.strip():
             continue
-        ids = tokenizer(line["text"], add_special_tokens=False).input_ids + [end]
-        answer = Completion(id, ids, None, line["text"], True, source="guide")
-        verifier.score([Group(prompts[places[id]], EncodedPrompt([]), [answer])])
-        if answer.accuracy and len(ids) <= config.max_new_tokens:
-            answers.setdefault(id, []).append(answer)
-    return GuideCache(answers, until, 0, {"prompts": len(prompts)})
+        try:
+            line = json.loads(text)
+            said, row = line["text"], line.get("row")
+            id = line.get("prompt_id", f"{prompts.fingerprint}:{row}")
+            ids = tokenizer(said, add_special_tokens=False).input_ids + [end]
+            prompt = prompts[places[id]] if id in places else None
+        except (ValueError, TypeError, KeyError) as error:
+            wanted = 'a line is {"row": 7, "text": "..."}'
+            raise UsageError(f"--guide {path}: line {number}: {error!r}; {wanted}") from error
+        if prompt is None:
+            skipped["to no training prompt"] += 1
+        elif len(ids) > config.max_new_tokens:
+            skipped["longer than --max-new-tokens"] += 1
+        elif {*tokenizer.all_special_ids} & {*ids[:-1]}:
+            skipped["with a special token"] += 1
+        else:
+            answer = Completion(id, ids, None, said, True, source="guide")
+            verifier.score([Group(prompt, EncodedPrompt([]), [answer])])
+            if answer.accuracy:
+                answers.setdefault(id, []).append(answer)
+            else:
+                skipped["wrong"] += 1
+    return GuideCache(answers, until, 0, {"prompts": len(prompts), "skipped": skipped})
 
 
 def build_guide_cache(
@@ -170,7 +192,8 @@ def build_guide_cache(
         lines = [header]
     if len(lines) == 1 + len(rows):
         return  # it is whole
-    size = config.prompts_per_step
+    count = config.guide_samples
+    size = max(1, at_once(config, config.prompts_per_step * count) // count)  # prompts
     done = (len(lines) - 1) // size * size  # whole batches
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,13 +204,15 @@ def build_guide_cache(
     with tqdm(total=len(rows), initial=done, desc=name, disable=not writes) as bar:
         for first in range(done, len(rows), size):
             asked = [prompts[row] for row in rows[first : first + size]]
-            seed, count = derived_seed(config.seed, "guide", first), config.guide_samples
+            seed = derived_seed(config.seed, "guide", first)
             groups = sampler.sample(asked, count, config.max_new_tokens, config.temperature, seed)
             verifier.score(groups)
             some = zip(rows[first:], groups)
             if writes:
                 append(path, [line_of(row, group, state["step"], keep) for row, group in some])
             bar.update(len(groups))
+    if config.sampler == "vllm":
+        sampler.sleep()  # whatever is loaded next has the GPU's memory
     if processes:
         processes.wait_for_everyone()  # until it is written
 

@@ -35,7 +35,8 @@ def train_adapters(model, rank: int, path: str | Path) -> None:
         from peft import LoraConfig, set_peft_model_state_dict
     except ImportError as error:
         raise UsageError(
-            f"--lora {rank}: needs peft; pip install -r requirements-gpu.txt"
+            f"--lora {rank}: needs peft; pip install -r requirements-gpu.txt "
+            "(for a --dry-run peft alone will do)"
         ) from error
     saved = model._hf_peft_config_loaded
     if not saved:

@@ -4,8 +4,10 @@ docs/metrics.md explains every key.
 """
 
 import statistics
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from plumbing.rollout import Group, Sample
 
@@ -37,7 +39,10 @@ class UpdateStats:
         """One optimizer step; FloatingPointError before it is taken with a number that is none."""
         if not torch.tensor([self.loss, grad_norm]).isfinite().all():
             found = f"loss is {self.loss}, gradient norm {grad_norm.item()}"
-            raise FloatingPointError(f"{found}; a lower --lr or --max-grad-norm helps")
+            raise FloatingPointError(
+                f"{found}; a lower --lr or --max-grad-norm helps; if grad_norm was calm, an "
+                "attention kernel may be at fault: report the GPU and torch's version"
+            )
         self.losses.append(self.loss)
         self.grad_norms.append(grad_norm.item())
         self.loss = 0.0
@@ -146,6 +151,17 @@ def step_line(metrics: dict, steps: int, prompts_per_step: int) -> str:
     return " | ".join(parts)
 
 
+def warn_if_nothing_is_right(lines: list[dict], out: Path) -> None:
+    """`lines` are those of metrics.jsonl."""
+    if not any(line.get("accuracy") for line in lines):
+        tqdm.write(
+            f"No answer was right in {len(lines) - 1} steps, so the policy learns nothing from "
+            f"accuracy. Look at gold and policy side by side in {out / 'samples.jsonl'}: "
+            "does the policy put its answer into \\boxed{}? Is it cut off (--max-new-tokens)? "
+            "Do the golds have a form that an answer can equal?"
+        )
+
+
 def transcript(step: int, groups: list[Group], mixed: list[Group]) -> dict:
     """One slot of one group, before and after replacement: a replaced one if there is any."""
     group, before, after = groups[0], groups[0].completions[-1], None
@@ -154,12 +170,11 @@ def transcript(step: int, groups: list[Group], mixed: list[Group]) -> dict:
         gone = [c for c in asked.completions if all(c is not kept for kept in trained.completions)]
         if others and gone and after is None:
             group, before, after = asked, gone[0], others[0]
-    content = group.prompt.messages[-1]["content"]
     line = {
         "step": step,
         "prompt_id": group.prompt.id,
         "gold": group.prompt.gold,
-        "question": "".join(part.get("text", "<image>") for part in content),
+        "question": group.prompt.question,
         "pass_rate": group.pass_rate,
         "policy": before.text,
         "reward": before.reward,

@@ -14,9 +14,12 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTORCH_ALLOC_CONF" not in os.environ:  # else micro-batches of many lengths leave gaps
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -24,11 +27,11 @@ from transformers import (
     AutoModelForImageTextToText,
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
 )
 from transformers.utils import cached_file
 
 from plumbing import UsageError
+from plumbing.attention import without_masks
 from plumbing.encode import (
     config_of,
     encode,
@@ -44,6 +47,8 @@ from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
 VOCABULARY_CHUNK = 1024  # tokens whose logits exist at one time: 1024 x 152k in fp32 are 0.6 GB
 VIDEO_CONFIG = "video_preprocessor_config.json"  # unused here, but vLLM loads no Qwen3-VL without
 
+# its gradients can be NaN under explicit masks (pytorch#196678); importing vLLM does the same
+torch.backends.cuda.enable_cudnn_sdp(False)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -73,6 +78,7 @@ class Policy:
         self.tokenizer = load_tokenizer(path)
         self.image_processor, self.image_token_id = image_parts(path)
         self.model = load_model(path, self.dtype)
+        without_masks(self.model)
         self.model.to(self.device).eval()  # no dropout: sampler and trainer are one function
         self.never_sampled = vision_token_ids(self.model.config)
         self.eos_token_ids = stop_ids(path, self.tokenizer)
@@ -119,25 +125,24 @@ class Policy:
         encoded = [self.encode(prompt) for prompt in prompts]
         slots = [one for one in encoded for _ in range(group_size)]
         ids, attention, positions, cache = self.prefill_prompts(slots)
-        recorder = BehaviorRecorder(self, temperature)
-        sequences = self.model.generate(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            logits_processor=[recorder],
-            generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=1.0,  # the recorder has applied it
-                top_p=1.0,
-                top_k=0,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=self.eos_token_ids,
-                pad_token_id=self.eos_token_ids[0],
-            ),
-        )
-        tokens = sequences[:, ids.shape[1] :]  # (B, T)
-        logprobs = recorder.finish(tokens)  # (B, T)
+        stops, token = torch.tensor(self.eos_token_ids, device=self.device), ids[:, -1:]
+        going, tokens, logprobs = torch.ones_like(token, dtype=torch.bool), [], []
+        while len(tokens) < max_new_tokens and going.any():
+            hidden = self.model.base_model(
+                input_ids=token,
+                attention_mask=attention,
+                position_ids=positions[..., -1:] + len(tokens),
+                past_key_values=cache,
+            ).last_hidden_state[:, -1]  # (B, H)
+            distribution = self.sampling_logprobs(self.logits_of(hidden), temperature)  # (B, V)
+            if distribution.isnan().any():
+                raise FloatingPointError("the policy's logits are nan or infinite")
+            token = torch.multinomial(distribution.softmax(dim=-1), 1)  # (B, 1)
+            tokens.append(token)
+            logprobs.append(distribution.gather(-1, token))
+            attention = longer(attention, 1)
+            going &= ~torch.isin(token, stops)  # what a row says after EOS is cut off below
+        tokens, logprobs = torch.cat(tokens, dim=1), torch.cat(logprobs, dim=1)  # (B, T)
         groups = [Group(prompt, one, []) for prompt, one in zip(prompts, encoded)]
         for row, (ids, values) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
             stop = next((t for t, id in enumerate(ids) if id in self.eos_token_ids), None)
@@ -178,7 +183,7 @@ class Policy:
         mask = steps < lengths[:, None]  # (B, T)
         hidden = self.model.base_model(
             input_ids=torch.cat([ids[:, -1:], targets[:, :-1]], dim=1),  # each predicts the next
-            attention_mask=torch.cat([attention, mask[:, :-1].to(attention.dtype)], dim=1),
+            attention_mask=longer(attention, targets.shape[1] - 1),
             position_ids=positions[..., -1:] + steps,
             past_key_values=cache,
         ).last_hidden_state  # (B, T, H)
@@ -222,7 +227,7 @@ class Policy:
 
     def prefill_prompts(
         self, rows: list[EncodedPrompt]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DynamicCache]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, DynamicCache]:
         """Runs each distinct prompt once, all but its last token, and copies its keys and values.
 
         So a group's prompt with its images is computed once, not G times, in sampling and in
@@ -230,8 +235,9 @@ class Policy:
         arXiv 2506.05433).
 
         Returns:
-            of the B rows, padded on the left: token ids (B, S), attention mask (B, S),
-            positions (3, B, S), of a text model (B, S), and a cache of length S - 1.
+            of the B rows, padded on the left: token ids (B, S), attention mask (B, S) or None
+            where nothing is padded, positions (3, B, S), of a text model (B, S), and a cache of
+            length S - 1.
         """
         distinct = {id(encoded): encoded for encoded in rows}
         prompts, order = list(distinct.values()), list(distinct)
@@ -259,7 +265,7 @@ class Policy:
         cache = DynamicCache()  # without the config: a sliding window masks keys, and drops none
         self.model.base_model(
             input_ids=ids[:, :-1],
-            attention_mask=attention[:, :-1],
+            attention_mask=longer(attention, -1) if any(padding) else None,
             position_ids=positions[..., :-1],
             past_key_values=cache,
             **images,
@@ -267,33 +273,13 @@ class Policy:
         copies = [order.index(id(encoded)) for encoded in rows]  # (B,)
         copies = torch.tensor(copies, device=self.device)
         cache.batch_select_indices(copies)
-        return ids[copies], attention[copies], positions[..., copies, :], cache
+        attention = attention[copies] if any(padding) else None
+        return ids[copies], attention, positions[..., copies, :], cache
 
 
-class BehaviorRecorder(LogitsProcessor):
-    """Turns logits into the log-probs that are sampled from, and keeps those of drawn tokens.
-
-    `generate` calls it once per token, before that token is drawn, so each call first records the
-    token drawn last.
-    """
-
-    def __init__(self, policy: Policy, temperature: float):
-        self.policy, self.temperature = policy, temperature
-        self.drawn, self.distribution = [], None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.distribution is not None:
-            self.drawn.append(self.distribution.gather(-1, input_ids[:, -1:]))
-        self.distribution = self.policy.sampling_logprobs(scores, self.temperature)  # (B, V)
-        if self.distribution.isnan().any():
-            raise FloatingPointError("the policy's logits are nan or infinite")
-        return self.distribution
-
-    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probs (B, T) of all sampled tokens (B, T); what stands after EOS means nothing."""
-        if len(self.drawn) < tokens.shape[1]:
-            self.drawn.append(self.distribution.gather(-1, tokens[:, -1:]))
-        return torch.cat(self.drawn, dim=-1)[:, : tokens.shape[1]]
+def longer(attention: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+    """The mask (B, S) with so many tokens more, or fewer. Padding after a row needs no mask."""
+    return attention if attention is None else pad(attention, (0, tokens), value=1)
 
 
 def auto_class(config):

@@ -1,9 +1,11 @@
-"""Every rollout of a step: rollouts/step_000012.parquet, a row for each slot that was sampled.
+"""Every rollout of a step: rollouts/step_000012.parquet, for the first --rollouts prompts of it.
 
-Columns are TRL's first, then ours. After a rollback (AutoNPO's) a step is taken again: its file is
-then step_000012_rollback1.parquet, beside the one that was undone.
+A row for each answer that was trained on or displaced. Columns are TRL's first, then ours. After a
+rollback (AutoNPO's) a step is taken again: its file is then step_000012_rollback1.parquet, beside
+the one that was undone.
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -25,27 +27,34 @@ def drop_rollouts_after(out: Path, last: tuple[int, int]) -> None:
 
 
 def rollout_rows(step: int, groups: list[Group], mixed: list[Group]) -> list[dict]:
-    """The trained slots of each group in order, then those that a guide's answer displaced.
+    """Of each group what was trained, then the sampled answers that a guide's displaced.
+
+    `slot` is where an answer was sampled; a guide's is that of the answer which it displaced.
 
     Args:
-        groups: as sampled. mixed: as trained, the same prompts in the same order.
+        groups: as sampled.
+        mixed: as trained, the same prompts in the same order.
     """
     rows = []
-    for asked, trained in zip(groups, mixed):
-        content = asked.prompt.messages[-1]["content"]
-        question = "".join(part.get("text", "<image>") for part in content)
-        slots = [(slot, completion, True) for slot, completion in enumerate(trained.completions)]
-        for slot, completion in enumerate(asked.completions):
-            if all(completion is not kept for kept in trained.completions):
-                slots.append((slot, completion, False))
+    for number, (asked, trained) in enumerate(zip(groups, mixed)):
+        kept = {id(completion) for completion in trained.completions}
+        sampled = {id(completion): slot for slot, completion in enumerate(asked.completions)}
+        freed = [slot for key, slot in sampled.items() if key not in kept]
+        free = itertools.chain(freed, itertools.count(len(sampled)))
+        slots = [
+            (sampled[id(c)] if id(c) in sampled else next(free), c, True)
+            for c in trained.completions
+        ]
+        slots += [(slot, asked.completions[slot], False) for slot in freed]
         for slot, c, is_trained in slots:
             rows.append(
                 {
                     "step": step,
-                    "prompt": question,
+                    "prompt": asked.prompt.question,
                     "completion": c.text,
                     "reward": c.reward,
                     "advantage": c.advantage if is_trained else None,
+                    "group": number,
                     "prompt_id": asked.prompt.id,
                     "gold": asked.prompt.gold,
                     "slot": slot,

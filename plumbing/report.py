@@ -86,7 +86,9 @@ def beside_scout(out: Path, scout: Path, name: str) -> dict:
         speed_up = alone / guided if guided else None
         found[f"to_goal/{key}"] = {"scout": alone, "guided": guided, "speed_up": speed_up}
     steps, tokens = found["to_goal/step"], found["to_goal/sampled_tokens"]
-    if not (steps["scout"] and steps["guided"]):
+    if f"{goal:.3f}" == f"{before['eval/accuracy_start']:.3f}":
+        tqdm.write("The scout gained too little to compare speeds.")
+    elif not (steps["scout"] and steps["guided"]):
         verb = "started at" if steps["guided"] == 0 else "did not reach"
         tqdm.write(f"{name} {verb} {goal:.3f}.")
     else:

@@ -4,7 +4,8 @@ Letters, here and everywhere: P prompts in a step, G slots in a group (the paper
 sequences, T the longest completion's tokens. With P = 8 and G = 8 a step has B = 64 sequences.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +24,36 @@ class Prompt:
     working: str | None = None  # how a right answer begins, if the verifier sees only its end
     row: dict | None = None  # of the data set, with all of its columns: for rewards of your own
 
+    @property
+    def question(self) -> str:
+        """The last message as text, with <image> for each picture."""
+        return "".join(part.get("text", "<image>") for part in self.messages[-1]["content"])
+
 
 @dataclass
 class EncodedPrompt:
-    """A prompt as the model reads it: one `<|image_pad|>` per visual token, and the patches."""
+    """A prompt as the model reads it: one `<|image_pad|>` per visual token, and the patches.
+
+    Pictures are cut into patches when those are first asked for: vLLM cuts its own, and a group
+    without signal is not trained on.
+    """
 
     token_ids: list[int]
-    pixel_values: torch.Tensor | None = None  # (patches, patch values)
-    image_grid_thw: torch.Tensor | None = None  # (images, 3)
+    cut: Callable | None = None  # makes the patches; None without pictures
+
+    @functools.cached_property
+    def _patches(self):
+        return self.cut()
+
+    @functools.cached_property
+    def pixel_values(self) -> torch.Tensor | None:
+        """(patches, patch values)"""
+        return self.cut and self._patches.pixel_values
+
+    @property
+    def image_grid_thw(self) -> torch.Tensor | None:
+        """(images, 3)"""
+        return self.cut and self._patches.image_grid_thw
 
 
 @dataclass
@@ -92,6 +115,31 @@ def samples_with_signal(groups: list[Group], advantages: torch.Tensor) -> list[S
         if any(row)
         for completion, advantage in zip(group.completions, row)
     ]
+
+
+def micro_batches(samples: list[Sample], config) -> list[list[Sample]]:
+    """The samples in micro-batches of about equal lengths, as padding is computed, too.
+
+    Each micro-batch computes its prompts once. So two orders compete: by length within each group,
+    where prompts stay shared, and by length over all groups, where answers are padded least. The
+    one with fewer tokens wins, but none may have a micro-batch longer than the flags' longest.
+    """
+
+    def length(sample: Sample) -> int:
+        return len(sample.completion.token_ids)
+
+    def tokens(some: list[Sample]) -> int:
+        prompts = {id(sample.encoded): len(sample.encoded.token_ids) for sample in some}
+        return len(some) * max(map(length, some)) + len(prompts) * max(prompts.values())
+
+    size, places = config.micro_batch_size, {id(s.encoded): n for n, s in enumerate(samples)}
+    in_groups = sorted(samples, key=lambda s: (places[id(s.encoded)], length(s)))
+    shared, by_length = (
+        list(batched(order, size)) for order in (in_groups, sorted(samples, key=length))
+    )
+    longest = size * config.max_new_tokens + config.max_prompt_tokens
+    fewer = sum(map(tokens, by_length)) < sum(map(tokens, shared))
+    return by_length if fewer and max(map(tokens, by_length)) <= longest else shared
 
 
 def log_q_of(

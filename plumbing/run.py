@@ -10,6 +10,7 @@ and the same command continues a run from its newest checkpoint to the same bits
 after that checkpoint is dropped and done again.
 """
 
+import functools
 import hashlib
 import random
 import statistics
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import verifier
-from plumbing import UsageError, vllm_sampler
+from plumbing import UsageError
 from plumbing.checkpoints import (
     checked,
     checkpoint_bytes,
@@ -41,20 +42,22 @@ from plumbing.checkpoints import (
 from plumbing.command import how_to_resume, open_directory
 from plumbing.data import PromptSet, load_prompts
 from plumbing.encode import check_start
+from plumbing.exact import exact_accuracies, right_texts
 from plumbing.files import append, json_lines, read_jsonl, write_aside
-from plumbing.memory import rehearse
+from plumbing.memory import in_use, peaks, rehearse
 from plumbing.metrics import (
     answer_metrics,
     batch_arithmetic,
     guide_metrics,
     step_line,
     transcript,
+    warn_if_nothing_is_right,
 )
 from plumbing.model import Policy
-from plumbing.own_code import load_function
 from plumbing.record import drop_rollouts_after, rollout_rows, rollouts_path, write_rollouts
 from plumbing.rollout import Group, batched
 from plumbing.track import Curve
+from plumbing.vllm_sampler import at_once, sampler_of
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "experience.jsonl")  # lines by step
 
@@ -103,38 +106,8 @@ def evaluations(out: str | Path) -> list[dict]:
     return [line for line in lines if "eval/accuracy" in line]
 
 
-def sampler_of(policy: Policy, config, prompts: PromptSet) -> Policy | vllm_sampler.VLLMSampler:
-    """What samples for a policy: itself, or vLLM with its weights. Both have `sample`."""
-    if config.sampler == "hf":
-        return policy
-    engine = vllm_sampler.engine_of(policy, config)
-    engine.sync(policy, [prompts[row] for row in range(min(2, len(prompts)))], config.temperature)
-    return engine
-
-
 def sampled_tokens(groups: Iterable[Group]) -> int:
     return sum(len(c.token_ids) for group in groups for c in group.completions)
-
-
-@torch.no_grad()
-def exact_accuracies(policy: Policy, prompts: PromptSet, config) -> list[float]:
-    """Each prompt's probability of its one right text, `\\boxed{gold}`, by teacher forcing.
-
-    It is what the mean accuracy of ever more sampled answers tends to, without their noise and for
-    one forward pass, if the policy writes nothing else that is right, as in the worlds. A teacher's
-    way to the box is another text.
-    """
-    found = []
-    for some in batched(range(len(prompts)), config.prompts_per_step * config.group_size):
-        rows = []
-        for prompt in (prompts[row] for row in some):
-            ids = policy.tokenizer(f"\\boxed{{{prompt.gold}}}").input_ids
-            rows.append((policy.encode(prompt), [*ids, policy.eos_token_ids[0]]))
-        logprobs, _ = policy.logprobs(rows, config.temperature)  # (B, T)
-        chances = logprobs.double().sum(dim=1).exp().tolist()
-        fits = (len(ids) <= config.max_new_tokens for _, ids in rows)
-        found += [chance if all_of_it else 0.0 for chance, all_of_it in zip(chances, fits)]
-    return found
 
 
 class Run:
@@ -153,8 +126,6 @@ class Run:
         self.config, self.out, self.keep_back = config, Path(out), keep_back
         open_directory(config, self.out)
         self.curve = Curve(config, self.out)
-        if config.reward:
-            verifier.reward = load_function("--reward", config.reward, "prompt", "completion")
         if config.start:
             check_start(config.start, config.model_path, config.lora)
         start = start or config.start
@@ -191,8 +162,9 @@ class Run:
         elif source:
             tqdm.write(f"{source}: has no optimizer.pt; AdamW's moments start at 0")
         self.sync()
-        if self.policy.device.type == "cuda":
-            rehearse(self.policy, config)
+        self._hand_over()
+        if self.config.on_gpu:
+            rehearse(self.policy, config, self.optimizer, getattr(self.sampler, "held", 0))
 
     def policy_at(self, path: Path) -> Policy:
         """The policy of an earlier checkpoint, beside the present one."""
@@ -206,10 +178,12 @@ class Run:
         if self.step < self.config.steps:
             config, trained = self.config, sum(p.numel() for p in self.policy.parameters())
             resumed = f", resumed at step {self.step}" if self.step > self.start_step else ""
+            samples = config.eval_samples
+            evaluated = f"{samples} answers each" if samples else "evaluated exactly"
             tqdm.write(
                 f"{self.out}: steps {self.start_step + 1}-{config.steps}{resumed} | "
                 f"{batch_arithmetic(config)} | {len(self.train_prompts)} prompts, "
-                f"{len(self.held_out)} held out | {trained:,} trained parameters | "
+                f"{len(self.held_out)} held out, {evaluated} | {trained:,} trained parameters | "
                 f"lr {config.lr:g} | temperature {config.temperature:g}"
             )
             if self.keep_back:
@@ -223,6 +197,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.curve.close(failed=kind is not None)
+        if self.step < self.config.steps:  # else the process would wait for those that are coming
+            self.train_prompts.prefetch([])
         done = checkpoints(self.out)
         kept, now = str(done[-1]) if done else "none yet (the run starts over)", self.step + 1
         if kind in (FloatingPointError, UsageError):
@@ -260,13 +236,30 @@ class Run:
         size = group_size or config.group_size
         groups = self.sampler.sample(prompts, size, config.max_new_tokens, config.temperature, seed)
         self.sampled_tokens += sampled_tokens(groups)
+        self._hand_over()
+        if step < config.steps:
+            self.train_prompts.prefetch(self.rows(step + 1))  # decodes pictures during the update
         self.clock.append(time.perf_counter())
         return groups
 
-    def ask(self, prompts: PromptSet, rows: Sequence[int], samples: int, *key) -> Iterator[Group]:
-        """Scored answers outside of a step, `samples` per prompt. `key` names the occasion."""
+    def _hand_over(self) -> None:
+        """From sampling to training: vLLM sleeps, and the GPU's memory is measured anew."""
+        if self.config.on_gpu:
+            self.sampling_gib = in_use()
+            torch.cuda.reset_peak_memory_stats()
+        if self.config.sampler == "vllm":
+            self.sampler.sleep()
+
+    def ask(
+        self, prompts: PromptSet, rows: Sequence[int], samples: int, *key, usual: int = 0
+    ) -> Iterator[Group]:
+        """Scored answers outside of a step, `samples` per prompt. `key` names the occasion.
+
+        transformers samples `usual` of them at a time, by default as many as in a step.
+        """
         config = self.config
-        size = max(1, config.prompts_per_step * config.group_size // samples)  # as in a step
+        usual = usual or config.prompts_per_step * config.group_size
+        size = max(1, at_once(config, usual) // samples)
         bar = tqdm(total=len(rows), desc=str(key[0]), leave=False, delay=3)
         for chunk, some in enumerate(batched(rows, size)):
             seed, asked = derived_seed(config.seed, *key, chunk * size), [prompts[r] for r in some]
@@ -277,20 +270,27 @@ class Run:
             bar.update(len(some))
             yield from groups
         bar.close()
+        self._hand_over()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Mean accuracy of `eval_samples` answers to each held-out prompt, or the exact one."""
         rows, samples = range(len(self.held_out)), self.config.eval_samples
         if samples:
-            groups = self.ask(self.held_out, rows, samples, "evaluate", step)
+            usual = 512 if self.config.in_world else 0  # a world's answers are short
+            groups = self.ask(self.held_out, rows, samples, "evaluate", step, usual=usual)
             accuracies = [group.pass_rate for group in groups]
         else:
-            accuracies = exact_accuracies(self.policy, self.held_out, self.config)
+            accuracies = exact_accuracies(self.policy, self._right_texts, self.config)
         found, parts = {"eval/accuracy": statistics.fmean(accuracies)}, self.held_out.parts
         for name in sorted({*parts}):
             some = [accuracy for accuracy, part in zip(accuracies, parts) if part == name]
             found[f"eval/accuracy_{name}"] = statistics.fmean(some)
         return found
+
+    @functools.cached_property
+    def _right_texts(self) -> list:
+        """Of the held-out prompts, encoded once: an evaluation would take twice as long."""
+        return right_texts(self.policy, self.held_out)
 
     def end_step(
         self, step: int, groups: list[Group], stats: dict, mixed: list[Group] | None = None
@@ -305,10 +305,13 @@ class Run:
         metrics |= guide_metrics(step, mixed) if mixed else {}
         metrics["sampled_tokens"] = self.sampled_tokens
         metrics |= {"time/generate": sampled - start, "time/train": trained - sampled}
+        if self.config.on_gpu:
+            metrics |= peaks(self.sampling_gib, getattr(self.sampler, "held", 0))
         if self.config.sampler == "vllm":
             self.sync()
             metrics["time/sync"] = time.perf_counter() - trained
             metrics["sampling/probe_difference"] = self.sampler.difference
+            metrics["sampling/weights_compared"] = self.sampler.compared
         metrics["step_time"] = time.perf_counter() - start
         last = step == self.config.steps
         if last or step % self.config.eval_every == 0:
@@ -320,20 +323,10 @@ class Run:
             write_rollouts(rollouts_path(self.out, step, self.rollbacks), rows)
         tqdm.write(step_line(metrics, self.config.steps, self.config.prompts_per_step))
         if step == self.start_step + 20:
-            self._warn_if_nothing_is_right()
+            warn_if_nothing_is_right(read_jsonl(self.out / "metrics.jsonl"), self.out)
         self.step = step
         if last or step % self.config.save_every == 0 or str(step) in self._kept_steps():
             self.save()
-
-    def _warn_if_nothing_is_right(self) -> None:
-        lines = read_jsonl(self.out / "metrics.jsonl")
-        if not any(line.get("accuracy") for line in lines):
-            tqdm.write(
-                f"No answer was right in {len(lines) - 1} steps, so the policy learns nothing from "
-                f"accuracy. Look at gold and policy side by side in {self.out / 'samples.jsonl'}: "
-                "does the policy put its answer into \\boxed{}? Is it cut off (--max-new-tokens)? "
-                "Do the golds have a form that an answer can equal?"
-            )
 
     # ------------------------------------------------------------------------------ what is kept
 

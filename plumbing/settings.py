@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 
-from plumbing import UsageError
+from plumbing import UsageError, memory
 from plumbing.checkpoints import checkpoint_state
+from plumbing.lora import adapter_rank
 from plumbing.rows import BOXED
 from worlds import cards, staircase
 
@@ -30,7 +31,10 @@ BY_WORLD = {
     "micro_batch_size": (32, 4),
     "keep": ("all", "none"),
     "min_gain": (0.04, 0.01),
+    "rollouts": (64, 8),
 }
+
+INSTALL = "pip install -r requirements-gpu.txt"
 
 # Flags that change nothing in what a run computes
 MAY_CHANGE_ON_RESUME = {
@@ -39,6 +43,7 @@ MAY_CHANGE_ON_RESUME = {
     "keep",
     "device",
     "vllm_memory",
+    "card_gb",
     "micro_batch_size",
     "rollouts",
     "track",
@@ -56,7 +61,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.sampler == "auto":
-            use_vllm = self.on_gpu and vllm_installed() and not self.in_world
+            use_vllm = self.on_gpu and installed("vllm") and not self.in_world
             self.sampler = "vllm" if use_vllm else "hf"
         if self.model == "staircase" and self.borrow_rate is None:
             self.borrow_rate = staircase.BORROW_RATE.get(self.borrows)
@@ -79,8 +84,20 @@ class ModelConfig:
         """Of weights and gradients: bf16 on CUDA; the embedded worlds are fp32 everywhere."""
         return "bf16" if self.on_gpu and not self.in_world else "fp32"
 
+    @property
+    def where(self) -> str:
+        """The first line of a run: device, dtype and sampler, and why one is not the best."""
+        device, sampler = "cpu", self.sampler
+        if self.on_gpu:
+            device = torch.cuda.get_device_name(None if self.device == "auto" else self.device)
+        elif self.device != "cpu":
+            device += f" (torch {torch.__version__} finds no CUDA)"
+        if self.on_gpu and not self.in_world and not installed("vllm"):
+            sampler += f", many times slower than vllm, which is not installed: {INSTALL}"
+        return f"device {device} | {self.dtype} | sampler {sampler}"
+
     def check(self) -> None:
-        """Raises UsageError for the first value that makes no sense."""
+        """Raises UsageError for the first value that makes no sense, or what is not installed."""
         within(self, "borrows", least=1, most=2)
         if self.model != "staircase" and self.borrow_rate is not None:
             raise UsageError(f"--borrow-rate {self.borrow_rate}: needs --model staircase")
@@ -88,10 +105,12 @@ class ModelConfig:
             within(self, "borrow_rate", above=0, below=1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"--device {self.device}: must be auto, cpu, cuda or cuda:N")
-        if self.sampler == "vllm" and not vllm_installed():
+        number = int(self.device.partition(":")[2] or 0)
+        if self.on_gpu and number and number >= torch.cuda.device_count():
+            raise UsageError(f"--device {self.device}: there are {torch.cuda.device_count()} GPUs")
+        if self.sampler == "vllm" and not installed("vllm"):
             raise UsageError(
-                "--sampler vllm: vllm is not installed; pip install -r requirements-gpu.txt, "
-                "or use --sampler hf"
+                f"--sampler vllm: vllm is not installed; {INSTALL}, or use --sampler hf"
             )
         if self.sampler == "vllm" and self.device not in ("auto", "cpu", "cuda", "cuda:0"):
             raise UsageError(
@@ -120,11 +139,12 @@ class RunConfig(ModelConfig):
     save_every: int = 20  # steps between checkpoints (the NPO authors: 10 or 20)
     keep: str | None = None  # old checkpoints: all, none, steps as 40,100 [worlds all, else none]
     track: Literal["", "wandb", "trackio"] = ""  # live curves, beside metrics.jsonl; pip install it
-    rollouts: int = 8  # prompts per step whose answers are kept in rollouts/; 0: of none
+    rollouts: int | None = None  # prompts per step whose answers are kept; 0: none [worlds 64, 8]
     # Memory
     micro_batch_size: int | None = None  # sequences at a time, memory only [worlds 32, else 4]
     max_prompt_tokens: int = 4096  # longer prompts, images counted, are dropped (as the authors)
     vllm_memory: float = 0.35  # share of the GPU for vLLM's weights and cache
+    card_gb: float | None = None  # as if the GPU were so small: not its speed, nor CUDA's own 1 GB
     dry_run: bool = False  # print the batch arithmetic and the memory that it takes, and stop
 
     def __post_init__(self):
@@ -133,9 +153,9 @@ class RunConfig(ModelConfig):
         super().__post_init__()
         if self.eval_samples is None and self.has_one_right_text and self.keeps_its_manner:
             self.eval_samples = 0
+        tiny = self.in_world or self.model in WORLDS
         for name, (in_world, elsewhere) in BY_WORLD.items():
             if getattr(self, name, 0) is None:
-                tiny = self.in_world or self.model in WORLDS
                 setattr(self, name, in_world if tiny else elsewhere)
                 if name == "lr" and self.lora:
                     self.lr *= 10
@@ -154,6 +174,14 @@ class RunConfig(ModelConfig):
         """Whether all that it learns from was written by a run's checkpoint, not by a teacher."""
         guide = getattr(self, "guide", None)
         return guide in (None, "self") or (Path(guide) / "state.json").is_file()
+
+    @property
+    def vllm_share(self) -> float:
+        """Of the GPU that is there."""
+        if not self.card_gb or not self.on_gpu:
+            return self.vllm_memory
+        _, total = torch.cuda.mem_get_info()
+        return self.vllm_memory * min(1.0, self.card_gb * 1e9 / total)
 
     @property
     def start_step(self) -> int:
@@ -187,9 +215,22 @@ class RunConfig(ModelConfig):
             )
         within(self, "steps", above=self.start_step, of="the step of --start")
         within(self, "lora", least=0)
+        rank = self.lora or adapter_rank(self.model_path)
+        if rank and not installed("peft"):
+            raise UsageError(f"--lora {rank}: needs peft; {INSTALL}")
+        if self.dtype == "bf16" and not rank and not installed("torchao"):
+            raise UsageError(
+                f"bf16 weights are trained with torchao's AdamW: {INSTALL}, or use --lora 64"
+            )
         within(self, "vllm_memory", above=0, below=1)
+        if self.card_gb is not None:
+            within(self, "card_gb", above=0)
+            if not (self.on_gpu or self.dry_run):
+                raise UsageError(f"--card-gb {self.card_gb:g}: there is no GPU; use --dry-run")
         if not re.fullmatch(r"(all|none|\d+)(,\d+)*", self.keep):
             raise UsageError(f"--keep {self.keep}: must be all, none, or steps as in 40,100")
+        if self.on_gpu and not self.dry_run:
+            memory.check_room(self)
 
 
 def within(config, name: str, least=None, most=None, above=None, below=None, of="") -> None:
@@ -210,5 +251,5 @@ def within(config, name: str, least=None, most=None, above=None, below=None, of=
         raise UsageError(f"{flag} {value}: must be {limits}{of and f' ({of})'}")
 
 
-def vllm_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

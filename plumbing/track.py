@@ -4,7 +4,6 @@ Both want steps that only grow. So a run that resumes, or whose steps go back at
 another curve of the same group.
 """
 
-import dataclasses
 import importlib
 from pathlib import Path
 
@@ -30,19 +29,19 @@ class Curve:
             return
         if self.step is None or line["step"] < self.step:
             self.close()
-            self.library.init(
-                project="npo",
-                group=str(self.out),
-                name=f"{self.out.name} from step {line['step']}",
-                config=dataclasses.asdict(self.config),
-            )
+            name, flags = f"{self.out.name} from step {line['step']}", vars(self.config)
+            try:
+                self.library.init(project="npo", group=str(self.out), name=name, config=flags)
+            except Exception as error:  # no key, no network
+                said = f"--track {self.config.track}: {str(error).splitlines()[0]}"
+                raise UsageError(f"{said}; log in there, or set WANDB_MODE=offline") from error
         self.step = line["step"]
         numbers = {n: value for n, value in line.items() if isinstance(value, int | float)}
         numbers.pop("step")  # which both know by itself
         self.library.log(numbers, step=self.step)
 
     def close(self, failed: bool = False) -> None:
-        """Ends the curve, so that what was logged is uploaded."""
+        """Ends the curve, so that what was logged is uploaded; a later line begins another."""
         if self.library and self.step is not None:
             how = {"exit_code": int(failed)} if self.config.track == "wandb" else {}
             self.library.finish(**how)

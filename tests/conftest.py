@@ -34,12 +34,13 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WINDOW = {"sliding_window": 8, "query_pre_attn_scalar": 16}
+CAPS = {"final_logit_softcapping": 1.5, "attn_logit_softcapping": 2.0}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 TEXT_MODELS = {  # name: its class of transformers, and what is its own
     "qwen3": ("Qwen3Config", {}),
     "llama": ("LlamaConfig", {}),
     "gemma3": ("Gemma3TextConfig", WINDOW | LAYERS),
-    "gemma2": ("Gemma2Config", WINDOW | {"final_logit_softcapping": 1.5}),
+    "gemma2": ("Gemma2Config", WINDOW | CAPS),
     "granite": ("GraniteConfig", {"logits_scaling": 3.0}),
 }
 QUESTIONS = [

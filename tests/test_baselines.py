@@ -457,6 +457,9 @@ def test_rlep_counts_no_more_and_no_less_than_the_fresh_answers(short, tmp_path,
     sources = [[c.source for c in group.completions] for group in seen]
     assert ["policy"] * 4 + ["guide"] in sources  # G fresh ones and one replay
     every = [c for group in seen for c in group.completions]
+    for group in seen:  # the recorded advantages are the group's, not those times |o_i|
+        assert sum(c.advantage for c in group.completions) == pytest.approx(0, abs=1e-5)
+    assert max(c.advantage for c in every) > 0.1
     fresh = sum(len(c.token_ids) for c in every if c.source == "policy")
     before, after = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert after["sampled_tokens"] - before["sampled_tokens"] == fresh

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
+from conftest import group_of
 from transformers import AutoConfig, AutoTokenizer
 
 import verifier
@@ -12,8 +14,10 @@ from commands.luffy import LUFFYConfig
 from grpo import GRPOConfig
 from npo import NPOConfig
 from plumbing.data import PromptSet, world_prompts
+from plumbing.exact import exact_accuracies, right_texts
+from plumbing.model import Policy
 from plumbing.rollout import Prompt
-from plumbing.run import exact_accuracies
+from plumbing.run import Run
 from worlds import cards
 from worlds.build_cards import demonstrate, make_ten
 from worlds.cards import Hand
@@ -99,7 +103,7 @@ def test_the_base_is_small_and_rarely_right(base):
     assert sum(parameter.numel() for parameter in base.model.parameters()) == 482_112
     assert (cards.BASE / "model.safetensors").stat().st_size < 3 << 20
     held_out = world_prompts("cards", 2, "held_out")
-    right = exact_accuracies(base, held_out, GRPOConfig())
+    right = exact_accuracies(base, right_texts(base, held_out), GRPOConfig())
     assert len(right) == 256 and 0.0015 < sum(right) / 256 < 0.005
     groups = base.sample([held_out[row] for row in range(48)], 4, 80, 1.0, seed=3)
     assert all(c.finished for group in groups for c in group.completions)
@@ -131,7 +135,8 @@ def test_exact_accuracy_is_what_sampling_tends_to(base):
     asked = [Prompt(str(h), cards.messages(h), [cards.draw(h)], h.working) for h in hands]
     prompts = PromptSet("short", asked, lambda id, prompt: prompt, range(30))
     config = GRPOConfig(temperature=1.3, prompts_per_step=2, group_size=7)
-    exact = exact_accuracies(base, prompts, config)
+    rows = right_texts(base, prompts)
+    exact = exact_accuracies(base, rows, config)
     groups = base.sample(asked, 40, 80, 1.3, seed=6)
     verifier.score(groups)
     errors = [(p * (1 - p) / 40) ** 0.5 for p in exact]
@@ -143,8 +148,19 @@ def test_exact_accuracy_is_what_sampling_tends_to(base):
     longest = max(len(base.tokenizer(rf"\boxed{{{h.working}}}").input_ids) + 1 for h in hands)
     for limit, none in ((longest, False), (longest - 1, True)):
         config.max_new_tokens = limit
-        found = exact_accuracies(base, prompts, config)
+        found = exact_accuracies(base, rows, config)
         assert (0.0 in found) is none  # what does not fit cannot be sampled
+
+
+def test_held_out_prompts_are_encoded_once_per_run(tmp_path, monkeypatch):
+    encoded, encode = [], Policy.encode
+    monkeypatch.setattr(Policy, "encode", lambda self, p: encoded.append(p.id) or encode(self, p))
+    config = GRPOConfig(out=str(tmp_path), eval_prompts=7, prompts_per_step=1, group_size=3)
+    with Run(config, tmp_path) as run:
+        found = [run.evaluate(step)["eval/accuracy"] for step in (0, 5)]
+        chances = exact_accuracies(run.policy, right_texts(run.policy, run.held_out), config)
+    assert found == [sum(chances) / 7] * 2 and len(encoded) == 7 + 7
+    assert encoded[:7] == [prompt.id for prompt in run.held_out]
 
 
 def test_who_learns_from_a_teacher_is_evaluated_by_sampling(tmp_path):
@@ -155,3 +171,27 @@ def test_who_learns_from_a_teacher_is_evaluated_by_sampling(tmp_path):
     assert LUFFYConfig().eval_samples == 4 and LUFFYConfig(eval_samples=0).eval_samples == 0
     assert NPOConfig(model="cards_lax").eval_samples == 4
     assert NPOConfig(model="x", dataset="y").eval_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "evaluated", "asked_again"),
+    [
+        ({"sampler": "hf"}, [128, 72], [3] * 66 + [2]),  # 512 and 2 * 7 sequences, 4 to a prompt
+        ({"sampler": "vllm"}, [200], [200]),  # within 1024
+        ({"sampler": "hf", "dataset": "other"}, [3] * 66 + [2], [3] * 66 + [2]),
+    ],
+)
+def test_how_many_sequences_are_sampled_at_a_time(monkeypatch, flags, evaluated, asked_again):
+    seen = []
+
+    def sample(prompts, samples, *_):
+        seen.append(len(prompts))
+        return [group_of([1.0, 0.0, 0.0, 0.0]) for _ in prompts]
+
+    monkeypatch.setattr(verifier, "score", lambda groups: None)
+    run, prompts = Run.__new__(Run), world_prompts("cards", 2, "held_out", 200)
+    run.config = GRPOConfig(prompts_per_step=2, group_size=7, eval_samples=4, **flags)
+    run.sampler, run.held_out = SimpleNamespace(sample=sample, sleep=list), prompts
+    assert run.evaluate(5) == {"eval/accuracy": 0.25} and seen == evaluated
+    seen.clear()
+    assert len([*run.ask(prompts, range(200), 4, "probe", 5)]) == 200 and seen == asked_again

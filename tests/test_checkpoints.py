@@ -12,6 +12,7 @@ from conftest import TINY, lucky, save
 from safetensors.torch import load_file
 
 import grpo
+from commands.merge import main as merge
 from grpo import GRPOConfig
 from plumbing import UsageError, checkpoints
 from plumbing.checkpoints import (
@@ -300,6 +301,26 @@ def test_adapters_come_back_and_merge(rows, tmp_path):
         after, _ = merged.logprobs(rows, 1.0)
     assert (after - mine).abs().max() < 1e-4 and (before - mine).abs().max() > 0.1
     assert [file.name for file in path.glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
+def test_adapters_become_an_ordinary_model(command, rows, tmp_path):
+    """In the base's dtype, with all that a folder needs; its log-probs are the adapters'."""
+    policy = with_adapters()
+    path, out = save(policy, tmp_path / "step_000002", 2), tmp_path / "deep/whole"
+    command("-m", "commands.merge", path, out)
+    whole, expected = Policy(out), dict(merged_weights(policy.model))
+    assert not whole.has_adapters and whole.base_path == str(out)
+    stored = whole.model.state_dict()
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], weight) for name, weight in expected.items())
+    with torch.no_grad():
+        differ = (whole.logprobs(rows, 1.0)[0] - policy.logprobs(rows, 1.0)[0]).abs().max()
+    assert differ < 1e-4
+    named = {file.name for file in Path(cards.BASE).iterdir()} - {"README.md"}
+    assert named <= {file.name for file in out.iterdir()}
+    for words, message in (((path, out), "exists"), ((out, tmp_path / "b"), "holds no adapters")):
+        with pytest.raises(UsageError, match=message):
+            merge(*words)
 
 
 def test_adapters_stay_fp32_beside_bf16_weights(tmp_path):

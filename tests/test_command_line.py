@@ -273,16 +273,17 @@ def test_a_mistake_in_a_process_of_its_own(command, tmp_path, name):
         ({"save_every": 0}, "--save-every 0"),
         ({"eval_samples": -1}, "--eval-samples -1"),
         ({"lora": -1}, "--lora -1"),
+        ({"lora": 3}, "--lora 3: needs peft; pip install -r requirements-gpu.txt"),
         ({"max_prompt_tokens": 0}, "--max-prompt-tokens 0"),
         ({"vllm_memory": 1.0}, "--vllm-memory 1.0: must be above 0 and below 1"),
         ({"sampler": "vllm"}, "--sampler vllm: vllm is not installed; .*--sampler hf"),
     ],
 )
 def test_bad_values(flags, message, monkeypatch):
-    monkeypatch.setattr("plumbing.settings.vllm_installed", lambda: False)
+    monkeypatch.setattr("plumbing.settings.installed", lambda package: False)
     with pytest.raises(UsageError, match=message):
         GRPOConfig(**flags).check()
-    monkeypatch.setattr("plumbing.settings.vllm_installed", lambda: True)
+    monkeypatch.setattr("plumbing.settings.installed", lambda package: True)
     with pytest.raises(UsageError, match="--device cuda:1: .*CUDA_VISIBLE_DEVICES"):
         GRPOConfig(sampler="vllm", device="cuda:1").check()
     for keep in ("all", "none", "40", "40,100", "none,40"):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+import threading
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets import Features, List, Value
 from PIL import Image, ImageFile
 
 import grpo
-from plumbing import UsageError, data
+from plumbing import Unusable, UsageError, data
 from plumbing.command import command_line
 from plumbing.data import PromptSet
 from plumbing.rollout import Prompt
@@ -807,3 +808,25 @@ def test_columns_of_the_wrong_type(tmp_path, row, message):
     path = write_lines(tmp_path / "odd.jsonl", rows)
     with pytest.raises(UsageError, match=f"3 rows, 3 dropped: {message}"):
         load(path, "choices=choices" if "choices" in row else "")
+
+
+def test_prompts_made_in_a_thread_are_the_same_and_made_once():
+    made = []
+
+    def make(id, row):
+        made.append((id, threading.get_ident()))
+        if row == "broken":
+            raise Unusable("broken")
+        return (id, row)
+
+    rows = ["a", "broken", "c", "d"]
+    prompts = PromptSet("set", rows, make, range(4))
+    prompts.prefetch([1, 3])
+    assert [prompts[place] for place in (3, -3)] == [("set:3", "d"), ("set:2", "c")]
+    assert prompts[0] == ("set:0", "a")
+    here = [id for id, thread in made if thread == threading.get_ident()]
+    assert here == ["set:0"] and sum(id == "set:2" for id, _ in made) == 1
+    assert prompts[3] == ("set:3", "d") and made[-1] == ("set:3", threading.get_ident())
+    prompts.prefetch([2])
+    prompts.prefetch([0])  # of another step: nobody asks for the first any more
+    assert list(prompts.coming) == [0]

@@ -253,6 +253,8 @@ def test_difficulty_by_hand(monkeypatch):
     """p = 0.5 for training prompts of four carries, else 0.25."""
     monkeypatch.setattr(difficulty, "Policy", lambda path: path)
 
+    monkeypatch.setattr(difficulty, "right_texts", lambda policy, prompts: prompts)
+
     def chances(policy, prompts, config):
         return [0.5 if hand.carries == 4 else 0.25 for hand in prompts.rows]
 

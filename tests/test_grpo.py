@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import group_of
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import grpo
 import verifier
@@ -20,6 +21,7 @@ from plumbing import UsageError
 from plumbing.command import flag_comments, read_flags
 from plumbing.metrics import IS_CAP
 from plumbing.model import Policy
+from plumbing.rollout import batched
 from plumbing.settings import BY_WORLD, within
 from worlds import cards
 
@@ -167,6 +169,32 @@ def test_micro_batches_change_memory_only(groups, dtype, tolerance):
         (split,), same = gradients_of(policy, groups, micro_batch_size=size)
         assert (split - whole).norm() / whole.norm() < tolerance
         assert same["loss"] == pytest.approx(stats["loss"], rel=1e-4, abs=1e-6)
+
+
+def norm_in_fp64(self, hidden):
+    """Of transformers' RMSNorm, which rounds to fp32 in every model."""
+    return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-9), ("fp32", 1e-5)])
+def test_sorted_rows_have_the_same_gradient(groups, monkeypatch, dtype, tolerance):
+    if dtype == "fp64":
+        monkeypatch.setattr(modeling_qwen3_vl.Qwen3VLTextRMSNorm, "forward", norm_in_fp64)
+    policy, seen = Policy(cards.BASE, dtype=dtype), []
+    logprobs = policy.logprobs
+    monkeypatch.setattr(policy, "logprobs", lambda rows, t: seen.append(rows) or logprobs(rows, t))
+    for number, completion in enumerate(c for group in groups for c in group.completions):
+        length = (3, 9, 29)[number % 3]
+        completion.token_ids = completion.token_ids[:length]
+        completion.behavior_logprobs = completion.behavior_logprobs[:length]
+    (by_length,), stats = gradients_of(policy, groups, micro_batch_size=5)
+    lengths = [len(ids) for rows in seen for _, ids in rows]
+    assert lengths == sorted(lengths) and {*lengths} >= {3, 9, 29}
+    monkeypatch.setattr(grpo, "micro_batches", lambda samples, config: batched(samples, 5))
+    (as_they_come,), same = gradients_of(policy, groups, micro_batch_size=5)
+    assert [len(rows) for rows in seen] == [5] * 6
+    assert (by_length - as_they_come).norm() < tolerance * as_they_come.norm()
+    assert stats == pytest.approx(same, rel=1e-4, abs=1e-6)
 
 
 def test_dead_groups_are_skipped_and_counted_but_stay_in_the_normaliser(base, groups):

@@ -39,6 +39,9 @@ class Watched:
         self.settings = rest[:3]  # answers to each, longest answer, temperature
         return self.policy.sample(prompts, *rest)
 
+    def sleep(self):
+        self.slept = True
+
 
 @pytest.fixture(autouse=True)
 def _lucky(monkeypatch):
@@ -53,10 +56,10 @@ def guide(tiny, tmp_path_factory) -> tuple[NPOConfig, Policy, str]:
     return NPOConfig(guide_samples=6, **tiny), policy, str(path)
 
 
-def build(path, guide, sampler=None, keep=KEEP, rows=ROWS, until=UNTIL, **flags):
+def build(path, guide, asked=None, keep=KEEP, rows=ROWS, until=UNTIL, **flags):
     config, policy, checkpoint = guide
     config = dataclasses.replace(config, **flags)
-    build_guide_cache(path, config, checkpoint, rows, until, keep, sampler or policy)
+    build_guide_cache(path, config, checkpoint, rows, until, keep, asked or policy)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,15 @@ def built(guide, tmp_path_factory):
         patch.setattr("verifier.is_correct", lucky)
         build(path, guide)
     return path
+
+
+def test_vllm_gets_one_submission(guide, tmp_path, monkeypatch):
+    """As it has a queue of its own: 5 prompts x 6 answers; where 12 are too many at once, 2 x 6."""
+    for most, asked in ((1024, [5]), (12, [2, 2, 1])):
+        monkeypatch.setattr("plumbing.vllm_sampler.SUBMISSION", most)
+        sampler = Watched(guide[1])
+        build(tmp_path / f"{most}.jsonl", guide, sampler, sampler="vllm", prompts_per_step=1)
+        assert sampler.asked == asked and sampler.slept  # the GPU is whoever's is loaded next
 
 
 def test_a_line_per_prompt_with_its_first_right_answers(built, guide):

@@ -284,9 +284,9 @@ def test_decisive_tokens_of_a_guide_cache(tmp_path, monkeypatch, capsys):
 
 def test_public_sizes_have_their_number_of_parameters():
     counts = {
-        "8B": 8_767_123_696,
-        "4B": 4_437_815_808,
-        "2B": 2_127_532_032,
+        "8b": 8_767_123_696,
+        "4b": 4_437_815_808,
+        "2b": 2_127_532_032,
     }  # of the public weights
     for size, count in counts.items():
         with torch.device("meta"):

@@ -8,6 +8,8 @@ from transformers import Qwen3VLConfig, T5Config
 
 from grpo import GRPOConfig
 from plumbing import UsageError, memory
+from plumbing.model import Policy
+from worlds import cards
 
 SMALL_TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "depth": 24}
 SMALL_TOWER |= {"deepstack_visual_indexes": (5, 11, 17)}
@@ -52,23 +54,30 @@ def test_adapters_are_counted(tmp_path):
 
 
 def test_what_a_dry_run_prints(tmp_path, capsys):
-    """8B: 2 + 2 + 2.03 bytes per weight; of 80 GB vLLM takes 28, and 1.45 of the 52 are left."""
+    """8B: 2 + 2 + 2.03 bytes per weight. In the update vLLM sleeps; while it samples, its share has
+    to hold the weights, too."""
     memory.show(public(tmp_path, EIGHT, micro_batch_size=6))
     batch, parameters, weights, _, _, checkpoint, *gpus, _ = capsys.readouterr().out.splitlines()
     assert batch.startswith("8 prompts x 8 slots = 64 completions/step = 11 micro-batches of 6")
     assert parameters == "8,767,123,696 parameters, 8,190,735,360 of them trained, bf16"
     assert weights.split() == ["weights", "16.3", "GiB"]
     assert checkpoint == "checkpoint    31.8 GiB on the disk of runs/8b"
-    verdicts = [line.partition(" GiB for vLLM (none with --sampler hf): ")[::2] for line in gpus]
-    assert [left for left, _ in verdicts] == [
+    shares = [line.partition(" GiB for vLLM, which sleeps meanwhile: ")[::2] for line in gpus]
+    assert [share for share, _ in shares] == [
         "GPU of 24 GB, 7.8",
         "GPU of 48 GB, 15.6",
         "GPU of 80 GB, 26.1",
         "GPU of 141 GB, 46.0",
     ]
-    assert all(words.startswith("cannot fit") for _, words in verdicts[:2])
-    left = ["1.3 GiB left for activations", "38.3 GiB left for activations"]
-    assert [words for _, words in verdicts[2:]] == left
+    assert all(words.startswith("cannot fit") for _, words in shares[:2])
+    left = ["27.4 GiB left for activations", "84.2 GiB left for activations"]
+    assert [words for _, words in shares[2:]] == left
+    memory.show(public(tmp_path, EIGHT, vllm_memory=0.2))  # 14.9 GiB for 16.3 of weights
+    assert (
+        "GPU of 80 GB, 14.9 GiB for vLLM, which sleeps meanwhile: cannot" in capsys.readouterr().out
+    )
+    memory.show(public(tmp_path, TWO, card_gb=23))
+    assert capsys.readouterr().out.splitlines()[-2].startswith("GPU of 23 GB, 7.5 GiB for vLLM")
     memory.show(GRPOConfig())
     assert "482,112 parameters, 364,224 of them trained, fp32" in capsys.readouterr().out
 
@@ -81,31 +90,83 @@ def test_models_that_cannot_be_counted(tmp_path):
         assert "\n" not in str(error.value)
 
 
+NEW = SimpleNamespace(state={})  # an optimizer before its first step
+
+
 def test_the_rehearsal_leaves_no_trace(fresh, prompts, monkeypatch):
-    """It asks for the longest rows: 12 of them touch two groups of 8."""
+    """It asks for the longest rows: 12 of them touch two groups of 8. Gradients are there already,
+    as from the second micro-batch on, and room for the moments."""
     before = [weight.clone() for weight in fresh.model.state_dict().values()]
     sampled = fresh.sample([prompts[0]], 3, 20, 1.0, seed=5)[0].completions
-    real, asked = fresh.logprobs, []
-    monkeypatch.setattr(fresh, "logprobs", lambda *words: asked.extend(words) or real(*words))
+    real, asked, reserved = fresh.logprobs, [], []
+
+    def logprobs(*words):
+        asked.extend(words)
+        assert all(parameter.grad is not None for parameter in fresh.parameters())
+        return real(*words)
+
+    def empty(*size, empty=torch.empty, **options):
+        reserved.append(size) if options.get("dtype") == torch.uint8 else None
+        return empty(*size, **options)
+
+    monkeypatch.setattr(fresh, "logprobs", logprobs)
+    monkeypatch.setattr(torch, "empty", empty)
     sizes = {"micro_batch_size": 12, "max_prompt_tokens": 50, "max_new_tokens": 30}
     config, state = GRPOConfig(temperature=1.5, **sizes), torch.get_rng_state()
-    memory.rehearse(fresh, config)
+    memory.rehearse(fresh, config, NEW)
     rows, temperature = asked
-    assert {(len(encoded.token_ids), len(tokens)) for encoded, tokens in rows} == {(50, 30)}
+    assert {(len(encoded.token_ids), len(tokens)) for encoded, tokens in rows} == {
+        (50, 30),
+        (49, 30),  # so that the prompts take a mask
+    }
+    assert rows[0][0].image_grid_thw.tolist() == [[1, 2, 98]]  # a picture of 49 tokens
     assert (len(rows), len({id(encoded) for encoded, _ in rows}), temperature) == (12, 2, 1.5)
+    assert reserved == [(8 * 364224,)]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in fresh.model.parameters())
     assert all(map(torch.equal, before, fresh.model.state_dict().values()))
     assert fresh.sample([prompts[0]], 3, 20, 1.0, seed=5)[0].completions == sampled
+    memory.rehearse(fresh, config, SimpleNamespace(state={"a": "moment"}))
+    assert reserved[1:] == [(0,)]  # a run that goes on has them
 
-    def out_of_memory(*words):
-        real(*words)[0].sum().backward()
-        raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(fresh, "logprobs", out_of_memory)
-    with pytest.raises(UsageError, match=r"12 sequences of 50 \+ 30 tokens. Lower --micro-batch"):
-        memory.rehearse(fresh, config)
+@pytest.mark.parametrize(
+    ("fitting", "message"),
+    [
+        (5, r"12 sequences of 50 \+ 30 tokens. Lower --micro-batch-size to 3, which fits and"),
+        (1, "Lower --micro-batch-size to 1, which"),
+        (0, r"Not even one of them fits. Lower --max-new-tokens .* and moments' 0.0 GiB"),
+    ],
+)
+def test_out_of_memory_names_the_flag_to_lower(fresh, monkeypatch, fitting, message):
+    real = fresh.logprobs
+
+    def logprobs(rows, temperature):
+        found = real(rows, temperature)
+        if len(rows) > fitting:
+            found[0].sum().backward()
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(fresh, "logprobs", logprobs)
+    config = GRPOConfig(micro_batch_size=12, max_prompt_tokens=50, max_new_tokens=30)
+    with pytest.raises(UsageError, match=message):
+        memory.rehearse(fresh, config, NEW)
     assert all(parameter.grad is None for parameter in fresh.model.parameters())
+
+
+@pytest.mark.parametrize("lora", [0, 5])
+def test_what_is_counted_is_what_is_loaded(lora, dtype=torch.bfloat16):
+    """Bytes of the tensors themselves, after a backward pass."""
+    if lora:
+        pytest.importorskip("peft")
+    policy = Policy(cards.BASE, dtype="bf16", lora=lora)
+    found = memory.counted(GRPOConfig(lora=lora), dtype)
+    weights = {id(p): p for p in policy.model.parameters()}.values()
+    assert found["weights"] == sum(p.nbytes for p in weights)
+    encoded = memory.longest_prompt(policy, 9)
+    policy.logprobs([(encoded, [3, 4, 5])], 1.0)[0].sum().backward()
+    assert found["gradients"] == sum(p.grad.nbytes for p in weights if p.grad is not None) > 0
 
 
 def test_a_model_without_a_vision_tower_is_refused_in_one_line(tmp_path):
@@ -129,9 +190,10 @@ def test_the_rehearsal_has_as_many_prompts_as_a_micro_batch_can(base, rows, grou
     asked = []
     recorder = SimpleNamespace(
         eos_token_ids=[1],
+        image_processor=None,
         device=torch.device("cpu"),
         parameters=lambda: [],
         logprobs=lambda batch, _: asked.extend(batch) or [torch.zeros(1, requires_grad=True)],
     )
-    memory.rehearse(recorder, config)
+    memory.rehearse(recorder, config, NEW)
     assert len(asked) == rows and len({id(encoded) for encoded, _ in asked}) == prompts

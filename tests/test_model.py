@@ -46,7 +46,7 @@ MIXED = [
 def behavior(groups: list[Group]) -> tuple[list, torch.Tensor]:
     """Rows for `logprobs`, and the recorded log-probs (B, T), padded with zeros."""
     pairs = [(group.encoded, c) for group in groups for c in group.completions]
-    recorded = [torch.tensor(c.behavior_logprobs) for _, c in pairs]
+    recorded = [torch.tensor(c.behavior_logprobs, dtype=torch.float64) for _, c in pairs]
     rows = [(encoded, c.token_ids) for encoded, c in pairs]
     return rows, torch.nn.utils.rnn.pad_sequence(recorded, batch_first=True)
 
@@ -81,11 +81,10 @@ def test_sampler_and_trainer_agree(base, prompts, max_new_tokens):
 
 
 def test_what_is_left_of_the_difference_is_rounding():
-    """The same in fp64, but for the sampler's last logits, which `generate` keeps in fp32."""
     exact = Policy(cards.BASE, dtype="fp64")
     rows, recorded = behavior(exact.sample(MIXED, 5, 40, TEMPERATURE, seed=11))
     with torch.no_grad():
-        assert (exact.logprobs(rows, TEMPERATURE)[0] - recorded).abs().max() < 2e-6
+        assert (exact.logprobs(rows, TEMPERATURE)[0] - recorded).abs().max() < 1e-7
 
 
 def test_logprobs_against_the_models_own_logits(base):
@@ -289,7 +288,29 @@ def test_prompt_length_needs_no_pixels(base, sizes):
     prompt = text_prompt("Start at 3", images, marks=len(sizes))
     parts = base.tokenizer, base.image_processor, base.image_token_id
     length = prompt_length(prompt.messages, sizes, *parts)
-    assert length == len(encode(prompt, *parts).token_ids)
+    encoded = encode(prompt, *parts)
+    assert length == len(encoded.token_ids)
+    if sizes:  # the processor's own grid counts 4 patches to a token
+        counted = encoded.token_ids.count(base.image_token_id)
+        assert 4 * counted == encoded.image_grid_thw.prod(-1).sum() == len(encoded.pixel_values)
+
+
+def test_pictures_are_cut_into_patches_once_and_when_they_are_asked_for(base):
+    calls, real = [], base.image_processor
+
+    class Recorder:
+        merge_size, get_number_of_image_patches = 2, real.get_number_of_image_patches
+
+        def __call__(self, **words):
+            calls.append(words)
+            return real(**words)
+
+    encoded = encode(MIXED[1], base.tokenizer, Recorder(), base.image_token_id)
+    assert encoded.token_ids == base.encode(MIXED[1]).token_ids and not calls
+    patches, grid = encoded.pixel_values, encoded.image_grid_thw
+    assert encoded.pixel_values is patches and len(patches) == grid.prod() and len(calls) == 1
+    expected = real(images=MIXED[1].images, return_tensors="pt")
+    assert torch.equal(patches, expected.pixel_values)
 
 
 def test_a_chat_template_runs_in_a_sandbox():

@@ -70,6 +70,16 @@ def test_report_beside_a_scout(tmp_path, capsys):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_a_scout_that_gained_nothing_has_no_speed_up(tmp_path, capsys):
+    """0.5001 after 0.5: noise, however soon the guided run is there."""
+    write(tmp_path / "scout/metrics.jsonl", lines((0, 0.5), (4, 0.5001)))
+    write(tmp_path / "metrics.jsonl", lines((0, 0.5), (1, 0.51)))
+    write(tmp_path / "samples.jsonl", [])
+    report(tmp_path, "NPO")
+    text = capsys.readouterr().out
+    assert "The scout gained too little to compare speeds." in text and "Steps to" not in text
+
+
 def test_report_of_rollbacks(tmp_path, capsys):
     decision = {"step": 5, "autonpo/step": 4, "autonpo/decision": "back to 2", "rollbacks": 0}
     decision |= {"autonpo/distance": 2, "sampled_tokens": 450}

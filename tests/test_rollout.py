@@ -1,6 +1,7 @@
 """Which policy an answer is measured against: the ratio's denominator and the weight beside it."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from plumbing.rollout import (
     Sample,
     batched,
     log_q_of,
+    micro_batches,
     samples_with_signal,
 )
 
@@ -92,6 +94,40 @@ def test_groups_without_signal_are_left_out():
     assert [s.advantage for s in samples] == [1.25, -0.75, -0.5, 0.0, 0.5, -0.5]
     assert all(s.encoded is groups[i].encoded for s, i in zip(samples, (0, 0, 0, 2, 2, 2)))
     assert all(s.log_q is None for s in samples)
+
+
+def lengths_of(prompts: list[int], answers: list[list[int]], **flags) -> list[list[tuple]]:
+    """(group, tokens of the answer) of each sample, as `micro_batches` puts them together."""
+    samples, names = [], {}
+    for group, (prompt, of_group) in enumerate(zip(prompts, answers)):
+        encoded = EncodedPrompt([5] * prompt)
+        names[id(encoded)] = group
+        samples += [Sample(encoded, sample(None, n).completion, 0.5) for n in of_group]
+    flags = {"micro_batch_size": 2, "max_new_tokens": 9, "max_prompt_tokens": 40} | flags
+    found = micro_batches(samples, SimpleNamespace(**flags))
+    return [[(names[id(s.encoded)], len(s.completion.token_ids)) for s in some] for some in found]
+
+
+def test_rows_are_sorted_by_length_over_all_groups_where_prompts_are_short():
+    """2 * (1 + 5 + 9) + 2 * (3 + 3 + 3) = 48 tokens; within groups 10 + 2, 18 + 6, 12 + 3: 51."""
+    found = lengths_of([2, 3], [[9, 1, 5], [6, 2, 1]])
+    assert found == [[(0, 1), (1, 1)], [(1, 2), (0, 5)], [(1, 6), (0, 9)]]
+
+
+def test_rows_share_their_prompt_where_that_costs_less():
+    found = lengths_of([20, 30], [[9, 1, 5, 4], [6, 2, 1, 8]])
+    assert found == [[(0, 1), (0, 4)], [(0, 5), (0, 9)], [(1, 1), (1, 2)], [(1, 6), (1, 8)]]
+
+
+def test_no_micro_batch_is_longer_than_the_flags_longest():
+    """Sorted by length the last one has 2 * 9 tokens and two prompts of 3, within 18 + 6."""
+    asked = [2, 3], [[9, 1, 5], [6, 2, 1]]
+    assert lengths_of(*asked, max_prompt_tokens=6)[-1] == [(1, 6), (0, 9)]
+    assert lengths_of(*asked, max_prompt_tokens=5) == [
+        [(0, 1), (0, 5)],
+        [(0, 9), (1, 1)],
+        [(1, 2), (1, 6)],
+    ]
 
 
 def test_batches_cover_everything_once_in_order():

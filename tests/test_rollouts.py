@@ -46,6 +46,14 @@ def test_a_row_for_each_trained_slot_and_for_the_discarded_one():
     ]
     assert [r["advantage"] for r in rows] == [-1.5, -0.5, 0.5, None]
     assert [r["ratios"] for r in rows] == [[1.0], [2.0], [3.0], None]
+    worst = replace(mixed, completions=[*asked.completions[1:], guide])  # took the first slot
+    rows = rollout_rows(7, [asked, asked], [mixed, worst])
+    assert [(r["group"], r["slot"], r["trained"]) for r in rows[4:]] == [
+        (1, 1, True),
+        (1, 2, True),
+        (1, 0, True),
+        (1, 0, False),
+    ]
     assert {r["step"] for r in rows} == {7} and list(rows[0])[:5] == [
         "step",
         "prompt",
@@ -109,7 +117,7 @@ def test_what_a_model_says_is_text():
     group = asked_of([1.0, 0.0], evil)
     row = rollout_rows(1, [group], [group])[0]
     row |= {"token_ids": ids, "logprobs": [-0.5] * len(ids), "advantage": 0.7, "prompt": evil}
-    row |= {"source": evil, "gold": evil, "ratios": [0.5, *[1.0] * (len(ids) - 1)]}
+    row |= {"group": 3, "source": evil, "gold": evil, "ratios": [0.5, *[1.0] * (len(ids) - 1)]}
     prompt = replace(group_of([0.0]).prompt, id=evil)
     page = rollouts.page([row], {evil: prompt}, tokenizer, evil)
     assert "<script" not in page and html.escape(evil) in page
@@ -175,7 +183,16 @@ def test_runs_that_differ_in_the_seed_alone_are_one_curve(tmp_path, capsys):
     assert re.search(r"^a, b +0\.0001 +0\.5 ± 1\.3 \(step 10\)", table, re.M)  # t of 1 degree
     assert re.search(r"^c +0\.001 +0\.3 \(step 10\)", table, re.M)
     assert (tmp_path / "picture.png").stat().st_size > 5_000
+    (tmp_path / "c/code.diff").write_text("commit 1")
+    (tmp_path / "b/code.diff").write_text("commit 2")
+    compare_runs.main([tmp_path / name for name in "ab"], to=tmp_path / "picture")
+    assert re.search(r"runs +code +last .*\na +- .*\nb +\w+ ", capsys.readouterr().out)
     with pytest.raises(SystemExit, match="nothing is logged as 'acc'; it logs eval/accuracy"):
         compare_runs.main([tmp_path / "a"], metric="acc")
     with pytest.raises(SystemExit, match="holds no run"):
         compare_runs.main([tmp_path])
+    lines_of(tmp_path / "d", {5: 0.1}, lr=1e-4, seed=3)
+    with pytest.raises(SystemExit, match="a, .*d: eval/accuracy at no step of all of them"):
+        compare_runs.main([tmp_path / "a", tmp_path / "d"])
+    with pytest.raises(SystemExit, match="nowhere"):
+        compare_runs.main([tmp_path / "a"], to=tmp_path / "nowhere/x.png")

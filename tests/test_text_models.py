@@ -47,7 +47,7 @@ def test_sampler_and_trainer_agree_and_gradients_are_as_one_at_a_time(folder, na
     torch.testing.assert_close(logprobs[mask], torch.tensor(recorded), atol=1e-5, rtol=0)
     logprobs.sum().backward()
 
-    plain = AutoModelForCausalLM.from_pretrained(folder(name)).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder(name), attn_implementation="eager").eval()
     for (encoded, ids), ours in zip(rows, logprobs):
         logits = plain(torch.tensor([encoded.token_ids + ids])).logits[0] / 0.9
         before = logits[len(encoded.token_ids) - 1 : -1].log_softmax(-1)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("vllm", reason="pip install -r requirements-gpu.txt")
 
@@ -13,6 +14,7 @@ from conftest import QUESTIONS, SMALL, cards_file, in_words, save
 from test_benchmarks import load
 
 import verifier
+from commands.merge import main as merge
 from grpo import GRPOConfig
 from plumbing import vllm_sampler
 from plumbing.data import load_prompts
@@ -39,6 +41,13 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sampler(saved):
     return VLLMSampler(saved, max_new_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def another():
+    """Makes further engines; they live on, since the end of one breaks the others."""
+    kept = []
+    return lambda path: kept.append(VLLMSampler(str(path), max_new_tokens=20)) or kept[-1]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +93,23 @@ def test_logprobs_are_the_trainers(sampler, saved, prompts):
     assert first.text == policy.tokenizer.decode(first.token_ids, skip_special_tokens=True)
     read = [policy.encode(prompt).token_ids for prompt in prompts]
     assert [group.encoded.token_ids for group in groups] == read
+
+
+def test_both_sides_see_the_same_pixels(sampler, saved):
+    """Of a photo that is resized. PIL resizes otherwise than torchvision, which vLLM brings."""
+    from transformers import AutoImageProcessor
+
+    noise = torch.rand(450, 600, 3, generator=torch.Generator().manual_seed(2))
+    photo = Image.fromarray((255 * noise).byte().numpy())
+    content = [{"type": "image"}, {"type": "text", "text": "Start at 27 and add the cards."}]
+    prompt = Prompt("photo", [{"role": "user", "content": content}], [photo], "27")
+    policy, groups = Policy(saved), sampler.sample([prompt], 4, 40, 1.3, seed=5)
+    patches = groups[0].encoded.image_grid_thw.tolist()
+    assert patches == [[1, 28, 38]]  # 448 x 608 pixels
+    assert difference(policy, groups) < 1e-4
+    pil = AutoImageProcessor.from_pretrained(saved, backend="pil", trust_remote_code=False)
+    other = pil(images=[photo], return_tensors="pt").pixel_values
+    assert (other - groups[0].encoded.pixel_values).abs().max() > 0.01
 
 
 def test_the_seed_decides(sampler, prompts):
@@ -180,23 +206,11 @@ def test_three_syncs(sampler, saved, prompts, lora):
         assert now() < 1e-4 and sampler.difference < 1e-4
 
 
-@pytest.mark.parametrize(("name", "lora"), [("qwen3", 4), ("llama", 0), ("gemma3", 0)])
-def test_text_models(folder, name, lora):
-    """Uneven prompts; before and after a sync."""
-    policy, some = Policy(folder(name), lora=lora), [in_words(text) for text in QUESTIONS]
-    sampler = VLLMSampler(folder(name), max_new_tokens=20)
-    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
-    perturb(policy, 2)
-    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) > 1e-2
-    sampler.sync(policy, some[:2], 1.3)
-    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("part", "size", "message"),
     [  # a step that no log-prob shows; one in weights that vLLM lays out in its own way
         ("embed_tokens", 1e-7, r"embed_tokens.weight holds -?\d.* there and -?\d.* here. The sync"),
-        ("o_proj", 1.0, r"its log-prob is -\d+\.\d+, the trainer's -\d+\.\d+\. The sync failed"),
+        ("o_proj", 1.0, r"its log-prob is -\d+\.\d+, the trainer's .*, and the mean .* failed"),
     ],
 )
 def test_a_broken_sync_is_caught(sampler, saved, prompts, monkeypatch, part, size, message):
@@ -216,21 +230,86 @@ def test_a_broken_sync_is_caught(sampler, saved, prompts, monkeypatch, part, siz
     sampler.sync(policy, prompts[:2], 1.0)
 
 
+def test_every_weight_is_compared(another, monkeypatch):
+    """Of a model with a head of its own, in the layout of a GPU: linear layers are not packed, and
+    q, k, v and gate, up are fused."""
+
+    def unpacked(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", unpacked)
+    policy, draw = Policy(staircase.base_at(0.5)), torch.Generator().manual_seed(7)
+    engine = another(policy.base_path)
+    engine._compare_weights(policy)
+    found = []
+    for name, weight in policy.model.state_dict().items():
+        place = tuple(int(torch.randint(n, (), generator=draw)) for n in weight.shape)
+        before, weight[place] = weight[place].clone(), weight[place] + 1e-3
+        with pytest.raises(RuntimeError, match=f"weights: {name} holds .* there and .* here"):
+            engine._compare_weights(policy)
+        weight[place] = before
+        found.append(name)
+    layers = policy.model.config.text_config.num_hidden_layers
+    assert sum("language_model.layers" in name for name in found) == 11 * layers
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} < {*found}
+    engine._compare_weights(policy)
+
+
+def test_it_wakes_to_sample_and_to_sync(sampler, saved, prompts, monkeypatch):
+    """Calls alone: only a GPU can sleep."""
+    noted = []
+    monkeypatch.setattr(sampler.llm, "sleep", lambda level: noted.append(level))
+    monkeypatch.setattr(sampler.llm, "wake_up", lambda: noted.append("wake"))
+    sampler.sleep()
+    assert noted == []  # on a CPU it stays awake
+    monkeypatch.setattr(sampler, "on_gpu", True)
+    for act in (
+        lambda: sampler.sample(prompts[:1], 1, 2, 1.0, seed=1),
+        lambda: sampler.sync(Policy(saved), prompts[:2], 1.0),
+    ):
+        sampler.sleep()
+        sampler.sleep()
+        act()
+        assert noted == [1, "wake"]  # level 1
+        noted.clear()
+
+
+def test_merged_adapters_in_vllm(saved, sampler, another, prompts, tmp_path):
+    """The folder of `commands.merge` holds what vLLM gets in a sync, and loads as any model."""
+    policy, draw = Policy(saved, lora=4), torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in policy.parameters():  # the adapters
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    merge(save(policy, tmp_path / "step_000002", 2), tmp_path / "whole")
+    sampler.sync(policy, prompts[:2], 1.3)
+    whole = Policy(tmp_path / "whole")
+    sampler._compare_weights(whole)
+    engine = another(tmp_path / "whole")
+    engine._compare_weights(policy)
+    assert difference(whole, engine.sample(prompts, 2, 20, 1.3, seed=8)) < 1e-4
+
+
 def test_one_engine_per_process(saved, monkeypatch):
     """Other weights of the same shapes go into it; other shapes take another in its place."""
-    built = []
+    built, closed = [], []
 
     def build(*words):
         built.append(words)
-        return object()
+        return SimpleNamespace(close=lambda: closed.append(words[0]))
 
     monkeypatch.setattr(vllm_sampler, "VLLMSampler", build)
     monkeypatch.setattr(vllm_sampler, "ENGINE", {})
     config = GRPOConfig(sampler="vllm", vllm_memory=0.2, max_prompt_tokens=300)
     first = vllm_sampler.engine_of(Policy(cards.BASE), config)
     assert vllm_sampler.engine_of(Policy(saved), config) is first
+    other_order = Policy(cards.BASE)
+    config_of = other_order.model.config
+    reordered = dict(reversed(config_of.to_diff_dict().items()))  # as a hub's config.json
+    monkeypatch.setattr(config_of, "to_diff_dict", lambda: reordered)
+    assert vllm_sampler.engine_of(other_order, config) is first and not closed
     stairs = staircase.base_at(0.5)  # with other tokens
     other = vllm_sampler.engine_of(Policy(stairs), config)
+    assert closed == [str(cards.BASE)]
     assert other is not first and list(vllm_sampler.ENGINE.values()) == [other]
     sizes = (80, "fp32", 300, 0.2)
     assert built == [(str(cards.BASE), *sizes), (str(stairs), *sizes)]
@@ -325,3 +404,15 @@ def test_evaluate_through_vllm(command, saved, tmp_path):
     assert "Here 1 of 3 items could not be asked" in done.stdout
     scores = json.loads((tmp_path / "out/scores.json").read_text())["benchmarks"]
     assert {name: one["items"] for name, one in scores.items()} == {"cards": 6, "mmmu_pro": 3}
+
+
+@pytest.mark.parametrize(("name", "lora"), [("qwen3", 4), ("llama", 0), ("gemma3", 0)])
+def test_text_models(folder, name, lora):
+    """Uneven prompts; before and after a sync. At the end: vLLM's older engines do not survive."""
+    policy, some = Policy(folder(name), lora=lora), [in_words(text) for text in QUESTIONS]
+    sampler = VLLMSampler(folder(name), max_new_tokens=20)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
+    perturb(policy, 2)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) > 1e-2
+    sampler.sync(policy, some[:2], 1.3)
+    assert difference(policy, sampler.sample(some, 3, 20, 1.3, seed=5)) < 1e-5
