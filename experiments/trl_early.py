@@ -21,9 +21,10 @@ from experiments.tables import to_goals
 from grpo import GRPOConfig
 from plumbing.checkpoints import checkpoints, step_of
 from plumbing.data import load_prompts
+from plumbing.exact import exact_accuracies, right_texts
+from plumbing.files import read_jsonl
 from plumbing.model import Policy
 from plumbing.rollout import batched
-from plumbing.run import exact_accuracies, read_jsonl
 from worlds import cards
 
 RESULTS = HERE / "trl_early.jsonl"
@@ -55,7 +56,9 @@ def measured(out: Path) -> dict:
     evals = []
     for path in (cards.BASE, *checkpoints(out)):
         step = step_of(path) if path != cards.BASE else 0
-        found = exact_accuracies(Policy(path, "cpu"), load_prompts(config)[1], config)
+        policy = Policy(path, "cpu")
+        texts = right_texts(policy, load_prompts(config)[1])
+        found = exact_accuracies(policy, texts, config)
         evals.append([step, round(statistics.fmean(found), 5), tokens[step]])
     tens = [(ten[-1]["step"], [line["entropy"] for line in ten]) for ten in batched(lines, 10)]
     guided = [line.get("npo/guide_frac", 0) for line in lines]
