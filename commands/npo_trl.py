@@ -191,10 +191,8 @@ def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrai
     )
     adapters = None
     if ours.lora:
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise UsageError("--lora: needs peft; pip install -r requirements-gpu.txt") from error
+        from peft import LoraConfig
+
         adapters = LoraConfig(r=ours.lora, lora_alpha=2 * ours.lora, target_modules=ADAPTED)
     sees = isinstance(processor, Processor)
     if sees:

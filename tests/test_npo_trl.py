@@ -20,8 +20,9 @@ from transformers import TrainerCallback
 
 import grpo
 import npo
-from commands import npo_trl, trl_trainer
-from commands.trl_trainer import NPOConfig, NPOTrainer, load_processor, rows_of
+import verifier
+from commands import npo_trl
+from commands.trl_trainer import NPOConfig, NPOTrainer, load_processor, rewards_of, rows_of
 from plumbing.encode import config_of
 from plumbing.guide_cache import GuideCache
 from plumbing.model import Policy, auto_class
@@ -250,7 +251,7 @@ def test_an_edited_replace_slot_sees_the_whole_group(fresh, prompts, tmp_path, m
     monkeypatch.setattr(npo, "replace_slot", first_slot)
     guides = guides_for(fresh, some[1:])
     flags = {"guides": guides, "max_completion_length": 28}
-    trainer = trainer_of(NPOTrainer, tmp_path, some, trl_trainer.accuracy, **flags)
+    trainer = trainer_of(NPOTrainer, tmp_path, some, rewards_of([2])[0], **flags)
     batch = batch_of(trainer, 0, 1)
     assert trainer._taken == {0: lent, 4: guides.answers[some[1].id][0]}
     assert batch["guide_logprobs"][0].isnan().all()  # none recorded: the policy's own are taken
@@ -270,8 +271,37 @@ def test_an_edited_replace_slot_sees_the_whole_group(fresh, prompts, tmp_path, m
     for answer in answers:
         assert answer.text == fresh.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         assert answer.finished is (answer.token_ids[-1] == 2)
-        assert answer.reward == pytest.approx(0.9 * answer.accuracy + 0.1 * ("}" in answer.text))
+        answered = answer.finished and "}" in answer.text
+        assert answer.reward == pytest.approx(0.9 * answer.accuracy + 0.1 * answered)
     assert {answer.finished for answer in answers} == {True, False}
+
+
+def test_rewards_are_the_verifiers(monkeypatch):
+    """An option's letter is right, a cut answer is not; an edited reward sees all of the answer."""
+    said = "\\boxed{A}", "\\boxed{55}", "\\boxed{55}", "55"
+    columns = {
+        "prompts": [[{"role": "user", "content": "Start at 27."}]] * 4,
+        "completions": [[{"role": "assistant", "content": text}] for text in said],
+        "completion_ids": [[7, 2], [7, 8, 5], [7, 8], [7, 2]],
+        "prompt_id": ["p"] * 4,
+        "gold": ["B"] * 4,
+        "choices": [["41", "55"]] * 4,
+        "working": [""] * 4,
+        "trainer_state": None,  # TRL gives more than columns
+    }
+    accuracy, reward = rewards_of([2, 5])
+    assert accuracy(**columns) == [0.0, 1.0, 0.0, 0.0]
+    assert reward(**columns) == pytest.approx([0.1, 1.0, 0.0, 0.0])
+    columns["gold"][0] = "A"
+    assert accuracy(**columns)[0] == 1.0
+
+    def edited(prompt, completion) -> float:
+        completion.accuracy = float(completion.text == "55")
+        return len(completion.token_ids) + len(prompt.choices) / 4
+
+    monkeypatch.setattr(verifier, "reward", edited)
+    assert accuracy(**columns) == [0.0, 0.0, 0.0, 1.0]
+    assert reward(**columns) == [2.5, 3.5, 2.5, 2.5]
 
 
 def test_the_processor_encodes_as_the_policy_does(base):
@@ -401,7 +431,7 @@ def test_the_command_says_so_too(monkeypatch, tmp_path):
         main(monkeypatch, *words(tmp_path))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit, match="^error: --lora: needs peft"):
+    with pytest.raises(SystemExit, match="^error: --lora 2: needs peft"):
         main(monkeypatch, *words(tmp_path, lora=2))
 
 
