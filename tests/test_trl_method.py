@@ -225,7 +225,8 @@ def test_autonpo_rolls_back_and_goes_on(run, tmp_path):
     for name in ("reward", "entropy", "pool"):
         assert f"autonpo/{name}" in lines[0]
     table = made[0]["autonpo/table"]
-    assert all(row["variance"] != 1 and 0 <= row["quality"] <= 1 for row in table) and len(table) > 1
+    assert len(table) > 1
+    assert all(row["variance"] != 1 and 0 <= row["quality"] <= 1 for row in table)
     assert max(step_of(path) for path in checkpoints(tmp_path)) == 8
     with pytest.raises(SystemExit, match="holds a run with another configuration"):
         run(tmp_path, **AUTO | {"patience": 2})
