@@ -8,15 +8,19 @@ its own past:
 1. Prompts with a very low pass-rate enter a *mistake pool*, with the step at
    which they failed.                                               MistakePool
 2. *Warning*: the moving average of the reward stagnates, and that of the
-   entropy has fallen.                                              Monitor
+   entropy keeps declining.                                         Monitor
 3. *Confirmation*: the current policy answers some of the pool's prompts.
    Does it solve them now?                                          probe
 4. *Rollback distance*, over the checkpoints still on disk, from the same
-   answers (a mean per token: a whole sequence's KL would drown Q): select_rollback
+   answers:                                                 select_rollback
 
        Q^(D) = pass-rate on the prompts that failed within the last D steps
-       V^(D) = exp(mean per-token KL(pi(t) || pi(t-D)))
+       V^(D) = exp(c KL(pi(t) || pi(t-D))), KL a mean per token, c = --kl-scale
        D*    = argmax Q^(D) / V^(D)
+
+   "Within the last D steps" is all of them. Another reading is the steps from
+   t - D to the next checkpoint alone: `pool.since` in `decide`. For small steps
+   this KL equals its reverse, the theory's, to second order.
 
 5. *Execution*: the current policy's verified answers to the prompts that
    failed within D* fill a guide cache. Weights and optimizer go back to
@@ -71,10 +75,11 @@ class AutoNPOConfig(GuidedConfig):
     max_distance: int = 100  # largest D that is considered; not in our sources
     patience: int = 20  # steps without a gain, then reward stagnates; not in our sources
     min_gain: float | None = None  # of reward [worlds 0.04, else 0.01]; not in our sources
-    entropy_drop: float = 0.3  # share of its peak that entropy loses; not in our sources
+    entropy_drop: float = 0.1  # share that entropy loses in --patience steps; not in our sources
     probe_prompts: int = 128  # of the pool, asked to confirm; not in our sources
     probe_samples: int = 4  # answers to each; not in our sources
     confirm_pass_rate: float = 0.2  # of the probe, to confirm the warning; not in our sources
+    kl_scale: float = 1.0  # c in V^ = exp(c KL per token); 25: of 25 tokens; not in our sources
     cooldown: int = 30  # steps without a warning after a probe or replay; not in our sources
 
     def check(self) -> None:
@@ -83,8 +88,10 @@ class AutoNPOConfig(GuidedConfig):
             within(self, name, least=1)
         within(self, "probe_prompts", least=MIN_SLICE)
         within(self, "max_distance", least=self.save_every, of="--save-every")
-        within(self, "min_gain", above=0)
-        for name in ("mistake_pass_rate", "entropy_drop", "confirm_pass_rate"):
+        for name in ("min_gain", "kl_scale"):
+            within(self, name, above=0)
+        within(self, "entropy_drop", below=1)  # if negative, entropy may even have risen
+        for name in ("mistake_pass_rate", "confirm_pass_rate"):
             within(self, name, least=0, below=1)
 
 
@@ -117,7 +124,7 @@ class Monitor:
     entropy: float = 0.0
     best_reward: float | None = None  # the average at its last gain of `min_gain` ...
     best_step: int = 0  # ... and when that was
-    peak_entropy: float = 0.0  # of the average, so far
+    entropies: list[float] = field(default_factory=list)  # its average, the last --patience + 1
     quiet_until: int = 0
 
     def observe(self, step: int, reward: float, entropy: float, config: AutoNPOConfig) -> None:
@@ -125,8 +132,8 @@ class Monitor:
         rate = 1 / min(self.seen, EMA_STEPS)  # at first a plain mean
         self.reward += rate * (reward - self.reward)
         self.entropy += rate * (entropy - self.entropy)
+        self.entropies = [*self.entropies, self.entropy][-config.patience - 1 :]
         if self.seen >= EMA_STEPS:
-            self.peak_entropy = max(self.peak_entropy, self.entropy)
             best = self.best_reward
             if best is None or self.reward >= best + config.min_gain:
                 self.best_reward, self.best_step = self.reward, step
@@ -136,12 +143,12 @@ class Monitor:
         """Why there is a warning after this step, in words; None if there is none."""
         if step <= self.quiet_until or self.best_reward is None:
             return None
-        peak = self.peak_entropy
-        fallen = 1 - self.entropy / peak if peak > 0 else 0.0
+        before = self.entropies[0]
+        fallen = 1 - self.entropy / before if before > 0 else 0.0
         if step - self.best_step < config.patience or fallen < config.entropy_drop:
             return None
         gain = f"no gain of {config.min_gain:g} since step {self.best_step}"
-        entropy = f"entropy {self.entropy:.3f}, {fallen:.0%} below its peak {peak:.3f}"
+        entropy = f"entropy {self.entropy:.3f}, {fallen:.0%} below step {step - config.patience}'s"
         return f"reward average {self.reward:.3f}, {gain}; {entropy}"
 
 
@@ -190,7 +197,8 @@ def cache_path(out: Path, guide_step: int) -> Path:
 def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> int:
     """D* = argmax Q^(D) / V^(D) over the distances in both; of equals the nearest.
 
-    0 means stay: there is no candidate, or nothing is solved at any of them.
+    0 means stay: there is no candidate, or nothing is solved at any of them. The log's pull^ is
+    what the theory would have here in place of Q^/V^ (signal_theory.py, the law).
     """
     both = sorted(quality.keys() & variance.keys())
     signals = {d: signal(quality[d], variance[d]) for d in both}
@@ -199,15 +207,23 @@ def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> in
 
 
 @torch.no_grad()
-def token_kl(groups: list[Group], old: Policy, config: AutoNPOConfig) -> float:
-    """Mean per-token KL(pi(t) || old) in nats, over tokens that pi(t) sampled."""
-    rows, total = [(group.encoded, c) for group in groups for c in group.completions], 0.0
+def drift_since(groups: list[Group], old: Policy, config: AutoNPOConfig) -> tuple[float, float]:
+    """How far pi(t), whose answers these are, has gone from an older policy.
+
+    Returns: the mean per-token KL(pi(t) || old) in nats; and the mean over the verified answers of
+    an answer's smallest token ratio old / pi(t): its decisive token's weight in the old policy's
+    loss, 0 if no answer is verified.
+    """
+    rows = [(group.encoded, c) for group in groups for c in group.completions]
+    total, smallest = 0.0, []
     for some in batched(rows, config.micro_batch_size):
         asked = [(encoded, c.token_ids) for encoded, c in some]
         logprobs, _ = old.logprobs(asked, config.temperature)  # (B, T), 0 in the padding
-        now = sum(sum(c.behavior_logprobs) for _, c in some)
-        total += now - logprobs.double().sum().item()
-    return total / sampled_tokens(groups)
+        for (_, c), then in zip(some, logprobs.double().tolist()):
+            logratios = [a - b for a, b in zip(then, c.behavior_logprobs)]
+            total -= sum(logratios)
+            smallest += [math.exp(min(logratios))] if c.accuracy else []
+    return total / sampled_tokens(groups), statistics.fmean(smallest or [0.0])
 
 
 def probe(run: Run, pool: MistakePool, config: AutoNPOConfig) -> dict[int, Group]:
@@ -228,14 +244,19 @@ class Decision:
     reason: str  # of the warning
     probed: int  # mistakes asked
     pass_rate: float  # of them
-    table: list[dict] = field(default_factory=list)  # distance, prompts, Q^, V^, S^
+    table: list[dict] = field(default_factory=list)  # distance, prompts, Q^, V^, S^, pull^
+    left_out: dict[int, int] = field(default_factory=dict)  # {distance: prompts, too few}
     distance: int = 0  # D*; 0 means stay
     decision: str = ""  # in words
 
     def __str__(self) -> str:
         rows = [
-            f"  D {row['distance']:4d}   Q^ {row['quality']:.3f} of {row['prompts']:3d} prompts"
-            f"   V^ {row['variance']:.4f}   S^ {row['signal']:.3f}\n"
+            f"  D {distance:4d}   left out: {prompts} probed prompts, fewer than {MIN_SLICE}\n"
+            for distance, prompts in self.left_out.items()
+        ]
+        rows += [
+            f"  D {row['distance']:4d}   Q^ {row['quality']:.3f} of {row['prompts']:3d} prompts   "
+            f"V^ {row['variance']:.4f}   S^ {row['signal']:.3f}   pull^ {row['pull']:.3f}\n"
             for row in self.table
         ]
         return (
@@ -260,12 +281,16 @@ def decide(run: Run, pool: MistakePool, reason: str, config: AutoNPOConfig) -> D
         of_slice = [rates[row] for row in pool.since(step_of(path)) if row in rates]
         regular = step_of(path) % config.save_every == 0  # not the last step before --steps grew
         regular = regular or step_of(path) == run.start_step
-        if regular and 0 < distance <= config.max_distance and len(of_slice) >= MIN_SLICE:
-            quality[distance] = q = statistics.fmean(of_slice)
-            drift = token_kl(list(groups.values()), run.policy_at(path), config)
-            variance[distance] = v = math.exp(drift)
-            row = {"distance": distance, "prompts": len(of_slice), "quality": q, "variance": v}
-            made.table.append(row | {"signal": signal(q, v)})
+        if not regular or not 0 < distance <= config.max_distance:
+            continue
+        if len(of_slice) < MIN_SLICE:
+            made.left_out[distance] = len(of_slice)
+            continue
+        quality[distance] = q = statistics.fmean(of_slice)
+        kl, weight = drift_since(list(groups.values()), run.policy_at(path), config)
+        variance[distance] = v = math.exp(config.kl_scale * kl)
+        row = {"distance": distance, "prompts": len(of_slice), "quality": q, "variance": v}
+        made.table.append(row | {"signal": signal(q, v), "pull": q * weight})
     made.distance = select_rollback(quality, variance)
     if made.distance:
         made.decision = f"back to step {run.step - made.distance}, D* = {made.distance}"

@@ -50,7 +50,7 @@ AUTO = {
     "max_distance": 4,
     "patience": 1,
     "min_gain": 5.0,
-    "entropy_drop": 0.0,
+    "entropy_drop": -9.0,
     "probe_prompts": 8,
     "probe_samples": 2,
     "confirm_pass_rate": 0.0,
