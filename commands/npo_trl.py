@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 import transformers
+import trl
 from accelerate import PartialState
 
 import autonpo
@@ -34,15 +35,7 @@ import grpo
 import npo
 import verifier
 from autonpo import AutoNPOConfig, Memory
-from commands.trl_trainer import (
-    NPOConfig,
-    NPOTrainer,
-    Processor,
-    flag,
-    load_processor,
-    rewards_of,
-    rows_of,
-)
+from commands.trl_trainer import NPOConfig, NPOTrainer, flag
 from plumbing import UsageError
 from plumbing.checkpoints import (
     checkpoint_beside,
@@ -52,20 +45,42 @@ from plumbing.checkpoints import (
 from plumbing.command import flag_comments, open_directory
 from plumbing.data import load_prompts
 from plumbing.encode import config_of, stop_ids, vision_token_ids
+from plumbing.files import make_directory
 from plumbing.guide_cache import GuideCache
 from plumbing.lora import ADAPTED
 from plumbing.model import auto_class
 from plumbing.own_code import load_function
 from plumbing.run import rows_of_step, rows_of_steps
+from plumbing.trl_data import Processor, load_processor, rewards_of, rows_of
 from plumbing.trl_run import TRLRun, on_main
 
 # Flags that are npo.py's and autonpo.py's own, with their defaults and help, and two that are not
-OURS = {"model", "dataset", "columns", "reward", "lora", "keep", "guide_samples"}
+OURS = {"model", "dataset", "columns", "instruction", "reward", "lora", "keep", "guide_samples"}
+OURS |= {"eval_prompts", "max_prompt_tokens"}
 OURS_UNDER = {"intervention", "trigger"}  # these headings
 NEW = {
     "intervention": (Literal["early", "late", "early+late"] | None, None, "go ahead and back [no]"),
     "auto": (bool, False, "AutoNPO: it decides by itself when to roll back, and how far"),
 }
+
+
+# TRL's flags that must stay as they are, and why
+FIXED = {
+    "a run goes back to whole checkpoints": "save_strategy save_only_model",
+    "--keep says it": "save_total_limit",
+    "here a step is one update on answers of its own": "num_iterations",
+    "a run that goes back has the same rate all along": "lr_scheduler_type",
+    "the guide would read other prompts": "chat_template_kwargs",
+    "prompts are those of npo.py's steps": "ignore_data_skip",
+    "answers are paid by verifier.reward or --reward, which need all columns": "reward_weights "
+    "remove_unused_columns",
+    "the same command resumes": "resume_from_checkpoint",
+    "python -m commands.evaluate does it, with a checkpoint": "eval_strategy",
+    "docs/trl.md says what is logged": "log_completions",
+}
+# A run keeps TRL's own flags, but for these, and of transformers' flags those in the second line
+FREE = {"generation_batch_size", "steps_per_generation", "pad_to_multiple_of"}
+KEPT = {"optim", "bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon"}
 
 
 def arguments_class() -> type:
@@ -94,7 +109,8 @@ def intervene(config: npo.NPOConfig, out: Path, trainer: NPOTrainer, scouts: boo
     run = TRLRun(config, out, trainer, start)
     asked = config, guide, run.start_step + 1, out / "guide.jsonl"
     if not scouts:  # the guide of another run, or texts: one process asks it
-        on_main(run.processes, npo.ask_guide, *asked)
+        with torch.random.fork_rng():  # a resumed run does not ask it again
+            on_main(run.processes, npo.ask_guide, *asked)
     cache = npo.ask_guide(*asked, run.policy_at(Path(guide)), run.processes)
     if not checkpoints(out):
         run.sampled_tokens = max(run.sampled_tokens, cache.spent_tokens)
@@ -131,27 +147,36 @@ def watch(config: AutoNPOConfig, out: Path, trainer: NPOTrainer) -> None:
 def configuration(arguments, config: NPOConfig) -> grpo.GRPOConfig:
     """The configuration of autonpo.py, npo.py or grpo.py that these flags mean."""
     alone = arguments.intervention is None and arguments.guide is None
-    kind = npo.NPOConfig
+    kind, values, flags = npo.NPOConfig, vars(arguments), NPOConfig.__dataclass_fields__
     if arguments.auto or alone:
         kind = AutoNPOConfig if arguments.auto else grpo.GRPOConfig
+    told = {n for n, f in type(arguments).__dataclass_fields__.items() if f.default != values[n]}
     wrong = {
+        f"--{name}: {reason}; leave it out": getattr(config, name) != flags[name].default
+        for reason, names in FIXED.items()
+        for name in names.split()
+    }
+    wrong |= {
         "--auto: decides by itself; leave --intervention and --guide out": (
             arguments.auto and not alone
         ),
+        f"--{min(told - OURS, default='')}: needs --intervention, --guide or --auto": (
+            kind is grpo.GRPOConfig and told - OURS
+        ),
         "--guide self: is of npo.py; leave it out": arguments.guide == "self",
         "--max_steps: say how many": config.max_steps < 1,
-        "--save_strategy, --save_only_model, --save_steps: a run goes back to whole checkpoints, "
-        "saved every so many steps": config.save_strategy != "steps"
-        or config.save_only_model
-        or config.save_steps != int(config.save_steps),
-        "--save_total_limit: say --keep": config.save_total_limit is not None,
-        "--num_iterations, --steps_per_generation, --generation_batch_size: here a step is one "
-        "update on answers of its own; leave them out": config.num_iterations > 1
-        or config.steps_per_generation != config.gradient_accumulation_steps,
+        "--save_steps, --logging_steps: must be whole": config.save_steps % 1
+        or config.logging_steps % 1,
+        "--logging_steps: with --auto a line a step; leave it out": (
+            arguments.auto and config.logging_steps != 1
+        ),
+        "--steps_per_generation, --generation_batch_size: here a step is one update on answers of "
+        "its own; leave them out": config.steps_per_generation
+        != config.gradient_accumulation_steps,
     }
     if found := next((text for text, holds in wrong.items() if holds), None):
         raise UsageError(found)
-    values = vars(arguments) | {
+    values |= {
         "intervention": arguments.intervention or "early",
         "gate": config.gate,
         "slots": config.slots,
@@ -173,9 +198,22 @@ def configuration(arguments, config: NPOConfig) -> grpo.GRPOConfig:
         "device": "cpu" if config.use_cpu else "auto",
         "sampler": "hf",
     }
-    ours = kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
-    ours.check()
-    return ours
+    values = {name: values[name] for name in kind.__dataclass_fields__ if name in values}
+    kind(**values | {"device": "cpu"}).check()  # whether one card is enough is TRL's matter
+    more = "trl", dict, dataclasses.field(default_factory=dict)
+    kind = dataclasses.make_dataclass(kind.__name__, [more], bases=(kind,))
+    return kind(**values, trl=changed(config))
+
+
+def changed(config: NPOConfig) -> dict[str, str]:
+    """TRL's flags that change results, where they are not the default."""
+    theirs, found = trl.GRPOConfig.__dataclass_fields__.keys() - FREE, {}
+    theirs -= transformers.TrainingArguments.__dataclass_fields__.keys()
+    for name in sorted(theirs | KEPT):
+        value, default = getattr(config, name), config.__dataclass_fields__[name].default
+        if value != default and not name.startswith(("vllm_", "log_")):
+            found[name] = str(value)
+    return found
 
 
 def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrainer:
@@ -186,7 +224,8 @@ def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrai
     stops = [tokenizer.eos_token_id, *stop_ids(ours.model_path, tokenizer)]  # as TRL has them
     model = auto_class(config_of(ours.model_path)).from_pretrained(
         ours.model_path,
-        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        # AdamW's small steps are lost in bf16 weights; --bf16 computes in it with fp32 ones
+        dtype=torch.bfloat16 if config.bf16 and ours.lora else torch.float32,
         trust_remote_code=False,
     )
     adapters = None
@@ -198,17 +237,20 @@ def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrai
     if sees:
         model.base_model.visual.requires_grad_(False)
         # a sampled image token breaks the training forward
-        never = {"suppress_tokens": vision_token_ids(model.config)}
-        config.generation_kwargs = never | (config.generation_kwargs or {})
-    table = rows_of([prompts[row] for row in rows], for_text_model=not sees)
+        vision, never = vision_token_ids(model.config), "suppress_tokens"
+        if config.use_vllm:
+            vision, never = dict.fromkeys(vision, -100.0), "logit_bias"
+        config.generation_kwargs = (config.generation_kwargs or {}) | {never: vision}
+    asked = [prompts[row] for row in rows]
+    table, row_of = rows_of(asked, for_text_model=not sees), {p.id: r for p, r in zip(asked, rows)}
     place = {row: number for number, row in enumerate(rows)}
-    asked = (row for step in range(1, last + 1) for row in rows_of_step(len(prompts), step, ours))
+    order = (row for step in range(1, last + 1) for row in rows_of_step(len(prompts), step, ours))
     config.shuffle_dataset = False  # `rows_of_step` has
     return NPOTrainer(
         model=model,
         args=config,
-        reward_funcs=rewards_of(stops),
-        train_dataset=table.select([place[row] for row in asked]),
+        reward_funcs=rewards_of(lambda id: prompts[row_of[id]], stops),
+        train_dataset=table.select([place[row] for row in order]),
         processing_class=processor,
         peft_config=adapters,
         watch=True,
@@ -219,11 +261,14 @@ def run_method(arguments, config: NPOConfig) -> None:
     ours = configuration(arguments, config)
     last = [ours.steps]
     if isinstance(ours, npo.NPOConfig) and not ours.guide:
-        last.append(ours.plateau_end if ours.late else ours.scout_steps)
+        last += [ours.plateau_end] if ours.late else []
+        last += [ours.scout_steps] if "early" in ours.intervention else []
     config.reward_weights = [0.0, 1.0]  # of `rewards_of`
     if ours.reward:
         verifier.reward = load_function("--reward", ours.reward, "prompt", "completion")
-    trainer, out = make_trainer(ours, config, max(last)), Path(ours.out)
+    out = Path(ours.out)
+    on_main(PartialState(), make_directory, out)
+    trainer = make_trainer(ours, config, max(last))
     trainer.holds = None  # which checkpoint its weights are
     if arguments.auto:
         watch(ours, out, trainer)
@@ -245,7 +290,7 @@ def main() -> None:
         if not PartialState().is_main_process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the main one speaks for all
         run_method(arguments, config)
-    except (UsageError, FloatingPointError, ImportError) as error:  # ImportError: another TRL
+    except (UsageError, OSError, FloatingPointError, ImportError) as error:  # last: another TRL
         raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from None
 
 

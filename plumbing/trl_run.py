@@ -6,6 +6,7 @@ one of the run's, by its name and state.json, when all of it is on the disk. All
 the directory.
 """
 
+import math
 import os
 import shutil
 import statistics
@@ -20,16 +21,18 @@ from tqdm import tqdm
 from plumbing import UsageError
 from plumbing.checkpoints import (
     UNTRAINED,
+    checked,
     checkpoint_path,
     checkpoint_state,
     checkpoint_states,
     clear_leftovers,
+    stored_state,
     write_state,
 )
 from plumbing.command import open_directory
 from plumbing.data import load_prompts
 from plumbing.encode import encode, image_parts, load_tokenizer
-from plumbing.files import on_disk
+from plumbing.files import file_hashes, on_disk
 from plumbing.guide_cache import GuideCache
 from plumbing.metrics import batch_arithmetic
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt, batched
@@ -158,8 +161,6 @@ class TRLRun(Run, transformers.TrainerCallback):
         self.processes, self.keep_back = trainer.accelerator, getattr(config, "max_distance", 0)
         self.curve, self.train_prompts = Curve(config, out), load_prompts(config)[0]
         on_main(self.processes, self._open)
-        if start and not (start / "trainer_state.json").is_file():
-            raise UsageError(f"{start}: is no checkpoint of TRL's, so TRL cannot go on from it")
         fresh = checkpoint_state(start) if start else UNTRAINED
         state = max(checkpoint_states(out).values(), key=lineage_key, default=fresh)
         self.start_step, self.step, self.spent_tokens = fresh["step"], state["step"], 0
@@ -186,6 +187,10 @@ class TRLRun(Run, transformers.TrainerCallback):
             return
         newest = checkpoint_path(self.out, self.step)
         source = newest if newest.is_dir() else self.start
+        if source and not (source / "trainer_state.json").is_file():
+            raise UsageError(f"{source}: is no checkpoint of TRL's, so TRL cannot go on from it")
+        if source:
+            on_main(self.processes, checked, source, True)
         trainer.guides, self.remembered = cache, memory
         args.output_dir, args.max_steps = str(self.out), self.config.steps
         trainer.add_callback(self)
@@ -224,13 +229,20 @@ class TRLRun(Run, transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if self.processes.is_main_process and "loss" in logs:
             super().log({"step": state.global_step, **logs})
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise FloatingPointError(
+                f"step {state.global_step}: the gradient's norm is {logs['grad_norm']}; try a "
+                "lower --learning_rate"
+            )
 
     def _commit(self) -> None:
         """TRL's checkpoint becomes one of the run's, in one act."""
         aside, path = self.out / f"checkpoint-{self.step}", checkpoint_path(self.out, self.step)
-        for file in filter(Path.is_file, aside.rglob("*")):
+        files = [file for file in aside.rglob("*") if file.is_file()]
+        for file in files:
             on_disk(file)
-        write_state(aside, self._state(), {})
+        names = [str(file.relative_to(aside)) for file in files]
+        write_state(aside, self._state(), dict(zip(names, file_hashes(files))))
         path.parent.mkdir(exist_ok=True)
         aside.rename(path)
         self._forget_old()
@@ -250,6 +262,8 @@ class TRLRun(Run, transformers.TrainerCallback):
         if path is None or trainer.holds != path:
             handler, args.max_steps, args.num_train_epochs = trainer.callback_handler, -1, 0
             callbacks, handler.callbacks, trainer.silent = handler.callbacks, [], True
+            if path:
+                on_main(self.processes, checked, path, True)
             trainer.train(resume_from_checkpoint=path and str(path))
             handler.callbacks, trainer.silent, trainer.holds = callbacks, False, path
             trainer._last_loaded_step = -1  # vLLM has other weights
@@ -275,7 +289,9 @@ class TRLRun(Run, transformers.TrainerCallback):
 
     def roll_back(self, step: int, memory: dict) -> None:
         self.step, self.rollbacks, self.memory = step, self.rollbacks + 1, memory
-        on_main(self.processes, write_state, checkpoint_path(self.out, step), self._state(), {})
+        path = checkpoint_path(self.out, step)
+        files = stored_state(path)["files"]
+        on_main(self.processes, write_state, path, self._state(), files)
         on_main(self.processes, self._forget_after, step)
 
     def first_line(self) -> str:
