@@ -7,20 +7,24 @@
         --model Qwen/Qwen3-VL-8B-Instruct --dataset hiyouga/geometry3k --auto \\
         --output_dir runs/8b --bf16 True --max_steps 300 --save_steps 10
 
-It goes ahead, asks the guide, goes back and replays as npo.py does, or watches itself as autonpo.py
-does, with their own functions; TRL takes the steps. The guide is the trainer's policy: it answers
-by the engine that trains, its prompts shared out over the processes. --guide names one that is
-there: a checkpoint, a guide.jsonl, a run, or texts. Without any of these flags it is GRPO.
+With --intervention it goes ahead, asks the guide, goes back and replays as npo.py does; with
+--auto it watches itself as autonpo.py does; TRL takes the steps. The guide is the trainer's own
+policy, and the engine that trains samples for it, its prompts shared out over the processes.
+--guide names an existing one: a checkpoint, a guide.jsonl, a run, or texts. Without these three
+flags it is GRPO.
 
-The directory is npo.py's: checkpoints/step_000040, metrics.jsonl, guide.jsonl, scout/. A checkpoint
-is TRL's, with generator states and optimizer, and counts once state.json is in it. Killed anywhere,
-the same command goes on. Step k asks the prompts that npo.py's step k asks.
+The directory is npo.py's, without curves, samples and evaluations: checkpoints/step_000040,
+metrics.jsonl, guide.jsonl, scout/. A checkpoint is TRL's, with generator states and optimizer,
+and complete once it has a state.json. Killed anywhere, the same command goes on. Step k asks the
+prompts that npo.py's step k asks, given the same --seed (here 42) and as many prompts per step.
 
 TRL is optional: pip install -r requirements-trl.txt
 """
 
+import argparse
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -37,12 +41,8 @@ import verifier
 from autonpo import AutoNPOConfig, Memory
 from commands.trl_trainer import NPOConfig, NPOTrainer, flag
 from plumbing import UsageError
-from plumbing.checkpoints import (
-    checkpoint_beside,
-    checkpoint_path,
-    checkpoints,
-)
-from plumbing.command import flag_comments, open_directory
+from plumbing.checkpoints import checkpoint_beside, checkpoint_path, checkpoints
+from plumbing.command import flag_comments, open_directory, start_over
 from plumbing.data import load_prompts
 from plumbing.encode import config_of, stop_ids, vision_token_ids
 from plumbing.files import make_directory
@@ -54,16 +54,28 @@ from plumbing.run import rows_of_step, rows_of_steps
 from plumbing.trl_data import Processor, load_processor, rewards_of, rows_of
 from plumbing.trl_run import TRLRun, on_main
 
-# Flags that are npo.py's and autonpo.py's own, with their defaults and help, and two that are not
+# The flags of npo.py and autonpo.py that are flags here, too, beside those under two headings
 OURS = {"model", "dataset", "columns", "instruction", "reward", "lora", "keep", "guide_samples"}
-OURS |= {"eval_prompts", "max_prompt_tokens"}
-OURS_UNDER = {"intervention", "trigger"}  # these headings
+OURS |= {"eval_prompts", "max_prompt_tokens", "fresh"}
+OURS_UNDER = {"intervention", "trigger"}
+# Those that TRL has under its own name
+NAMES = {
+    "out": "output_dir",
+    "steps": "max_steps",
+    "save_every": "save_steps",
+    "group_size": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "clip_low": "epsilon",
+    "clip_high": "epsilon_high",
+    "lr": "learning_rate",
+    "micro_batch_size": "per_device_train_batch_size",
+    "prompts_per_step": "generation_batch_size",
+}
+SAME = "gate", "slots", "is_correction", "seed", "temperature", "weight_decay", "max_grad_norm"
 NEW = {
-    "intervention": (Literal["early", "late", "early+late"] | None, None, "go ahead and back [no]"),
+    "intervention": (Literal["early", "late", "early+late"] | None, None, "NPO, with a scout [no]"),
     "auto": (bool, False, "AutoNPO: it decides by itself when to roll back, and how far"),
 }
-
-
 # TRL's flags that must stay as they are, and why
 FIXED = {
     "a run goes back to whole checkpoints": "save_strategy save_only_model",
@@ -78,7 +90,7 @@ FIXED = {
     "python -m commands.evaluate does it, with a checkpoint": "eval_strategy",
     "docs/trl.md says what is logged": "log_completions",
 }
-# A run keeps TRL's own flags, but for these, and of transformers' flags those in the second line
+# All that TRL adds to transformers' flags a run keeps, but for FREE; of transformers' it keeps KEPT
 FREE = {"generation_batch_size", "steps_per_generation", "pad_to_multiple_of"}
 KEPT = {"optim", "bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon"}
 
@@ -91,7 +103,9 @@ def arguments_class() -> type:
             if name in OURS or heading in OURS_UNDER:
                 help = text.replace("%", "%%")  # argparse formats it
                 found.setdefault(name, (own.type, flag(own.default, help)))
-    return dataclasses.make_dataclass("Arguments", [(name, *more) for name, more in found.items()])
+    made = dataclasses.make_dataclass("Arguments", [(name, *more) for name, more in found.items()])
+    made._argument_group_name = "NPO and AutoNPO, as in npo.py and autonpo.py"
+    return made
 
 
 # ---- The method: npo.intervene and autonpo.train, with TRL's steps ----------------------
@@ -157,14 +171,14 @@ def configuration(arguments, config: NPOConfig) -> grpo.GRPOConfig:
         for name in names.split()
     }
     wrong |= {
-        "--auto: decides by itself; leave --intervention and --guide out": (
+        "--auto: chooses its own rollbacks; leave --intervention and --guide out": (
             arguments.auto and not alone
         ),
         f"--{min(told - OURS, default='')}: needs --intervention, --guide or --auto": (
             kind is grpo.GRPOConfig and told - OURS
         ),
-        "--guide self: is of npo.py; leave it out": arguments.guide == "self",
-        "--max_steps: say how many": config.max_steps < 1,
+        "--guide self: works in npo.py only; leave it out": arguments.guide == "self",
+        "--max_steps: is required": config.max_steps < 1,
         "--save_steps, --logging_steps: must be whole": config.save_steps % 1
         or config.logging_steps % 1,
         "--logging_steps: with --auto a line a step; leave it out": (
@@ -176,25 +190,13 @@ def configuration(arguments, config: NPOConfig) -> grpo.GRPOConfig:
     }
     if found := next((text for text, holds in wrong.items() if holds), None):
         raise UsageError(found)
+    values |= {name: getattr(config, theirs) for name, theirs in NAMES.items()}
+    values |= {name: getattr(config, name) for name in SAME}
     values |= {
         "intervention": arguments.intervention or "early",
-        "gate": config.gate,
-        "slots": config.slots,
-        "is_correction": config.is_correction,
-        "out": config.output_dir,
-        "steps": config.max_steps,
         "save_every": int(config.save_steps),
-        "seed": config.seed,
         "prompts_per_step": config.generation_batch_size // config.num_generations,
-        "group_size": config.num_generations,
         "micro_batch_size": config.per_device_train_batch_size * config.world_size,
-        "max_new_tokens": config.max_completion_length,
-        "temperature": config.temperature,
-        "clip_low": config.epsilon,
-        "clip_high": config.epsilon_high,
-        "lr": config.learning_rate,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
         "device": "cpu" if config.use_cpu else "auto",
         "sampler": "hf",
     }
@@ -267,9 +269,13 @@ def run_method(arguments, config: NPOConfig) -> None:
     if ours.reward:
         verifier.reward = load_function("--reward", ours.reward, "prompt", "completion")
     out = Path(ours.out)
+    if ours.fresh:
+        on_main(PartialState(), start_over, ours)
     on_main(PartialState(), make_directory, out)
-    trainer = make_trainer(ours, config, max(last))
-    trainer.holds = None  # which checkpoint its weights are
+    try:
+        trainer = make_trainer(ours, config, max(last))
+    except ValueError as error:  # TRL's, of a value that it does not know
+        raise UsageError(str(error)) from error
     if arguments.auto:
         watch(ours, out, trainer)
     elif isinstance(ours, npo.NPOConfig):
@@ -280,8 +286,26 @@ def run_method(arguments, config: NPOConfig) -> None:
     trainer.accelerator.end_training()  # else a process that leaves takes the others down
 
 
+def in_trls_words(error: Exception) -> str:
+    """A message that names our flags, with TRL's names and underscores."""
+
+    def renamed(flag: re.Match) -> str:
+        name = flag[1].replace("-", "_")
+        return f"--{NAMES.get(name, name)}"
+
+    return re.sub(r"--([a-z][a-z-]*)", renamed, str(error))
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the docstring, and shows defaults."""
+
+
 def main() -> None:
-    parser = transformers.HfArgumentParser((arguments_class(), NPOConfig), description=__doc__)
+    kinds = arguments_class(), NPOConfig
+    usage = "python -m commands.npo_trl --output_dir DIR --max_steps N [more, of ours and of TRL's]"
+    parser = transformers.HfArgumentParser(
+        kinds, usage=usage, description=__doc__, formatter_class=Help
+    )
     try:
         try:
             arguments, config = parser.parse_args_into_dataclasses()
@@ -291,7 +315,10 @@ def main() -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the main one speaks for all
         run_method(arguments, config)
     except (UsageError, OSError, FloatingPointError, ImportError) as error:  # last: another TRL
-        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from None
+        told = f"error: {in_trls_words(error)}" if PartialState().is_main_process else 1
+        raise SystemExit(told) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command resumes") from None
 
 
 if __name__ == "__main__":

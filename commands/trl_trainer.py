@@ -6,8 +6,11 @@
    are the policy's own, as TRL has them for every other slot.
 
 Everything else is TRL's. It divides advantages by std + 1e-4, grpo.py by std + 1e-6. NPO's loss is
-`loss_type="grpo"` without a KL term: NPOConfig below has these defaults. Without a guide this is
-GRPOTrainer, bit for bit.
+`loss_type="grpo"` without a KL term: NPOConfig below has these defaults. Without a guide and
+without `watch` this is GRPOTrainer, bit for bit.
+
+TRL calls, in a step: _generate_and_score_completions -> _generate, _calculate_rewards; then for
+each micro-batch _compute_loss -> _get_per_token_logps_and_entropies.
 """
 
 import dataclasses
@@ -27,7 +30,7 @@ from plumbing.rollout import Completion, EncodedPrompt, Group
 from plumbing.trl_data import prompt_of
 
 TESTED = "TRL 1.16 (with accelerate 1.15 and transformers 5.19)"
-# All that is private in TRL and used here, with its first parameters; also the attribute `_metrics`
+# TRL's private methods that are used here, with their first parameters
 PRIVATE = {
     "_generate": "self, prompts",
     "_generate_single_turn": "self, prompt_ids, images, multimodal_fields, num_generations",
@@ -46,13 +49,14 @@ def flag(default, text: str):
 
 @dataclass
 class NPOConfig(trl.GRPOConfig):
+    _argument_group_name = "TRL's GRPOConfig; some defaults are NPO's, gate, slots and more its own"
     gate: float = flag(0.6, "tau: a slot is replaced if the pass-rate is at most this")
-    slots: int = flag(1, "the guide's first so many answers take the last so many slots")
-    is_correction: bool = flag(True, "ratio pi_theta / pi_guide; without, it starts at 1")
+    slots: int = flag(1, "how many slots, the last ones, the guide's answers may take")
+    is_correction: bool = flag(True, "ratio pi_theta / pi_guide; if off, it starts at 1")
     # GRPO as in grpo.py and in the NPO authors' settings
     loss_type: str = flag("grpo", "grpo: mean over each sequence's tokens, then over sequences")
-    epsilon: float = flag(0.2, "the ratio's clip range is 1 - epsilon ...")
-    epsilon_high: float | None = flag(0.28, "... to 1 + epsilon_high")
+    epsilon: float = flag(0.2, "the ratio's clip range begins at 1 - epsilon")
+    epsilon_high: float | None = flag(0.28, "the ratio's clip range ends at 1 + epsilon_high")
     beta: float = flag(0.0, "weight of a KL term; NPO has none")
     lr_scheduler_type: str = flag("constant", "schedule of the learning rate")
     weight_decay: float = flag(0.01, "of AdamW")
@@ -97,15 +101,17 @@ class NPOTrainer(trl.GRPOTrainer):
         entropy: of the last step: minus the mean log-prob of the policy's own sampled tokens in
             nats, over all processes; those of displaced answers are not computed.
         silent: whether nothing is logged.
+        holds: the checkpoint whose weights it has, where that is known; TRLRun's.
     """
 
     def __init__(self, *args, guides: GuideCache | None = None, watch: bool = False, **options):
         check_trl()
         super().__init__(*args, **options)
-        if not hasattr(self, "_metrics"):
-            raise moved("has no GRPOTrainer._metrics")
+        for name in ["_metrics", "eos_token_ids", *["_last_loaded_step"] * self.use_vllm]:
+            if not hasattr(self, name):
+                raise moved(f"has no GRPOTrainer.{name}")
         self.guides, self.watch, self.silent = guides or GuideCache(), watch, False
-        self.groups, self.entropy = [], 0.0
+        self.groups, self.entropy, self.holds = [], 0.0, None
         # rows of this process, which of them replace_slot has changed, all processes' rewards, the
         # batch in the loss, its sums
         self._asked, self._taken, self._paid, self._scored, self._sums = [], {}, None, None, []
@@ -115,6 +121,9 @@ class NPOTrainer(trl.GRPOTrainer):
 
     def _watching(self) -> bool:
         return self.model.training and (self.watch or self._guided())
+
+    def create_model_card(self, *_, **__) -> None:
+        """None: TRL's would call a local base "None"."""
 
     def log(self, *args, **options) -> None:
         if not self.silent:
@@ -247,9 +256,9 @@ class NPOTrainer(trl.GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args, **options):
-        """TRL's. Its loss takes these, detached, as the old log-probs that the batch lacks.
+        """TRL's. Where a batch has no old log-probs, its loss takes these, detached.
 
-        A batch with a guide's gets all of them here: the guide's, and these in every other row.
+        A batch in which a guide has rows gets them here: its own there, TRL's in all others.
         """
         found = super()._get_per_token_logps_and_entropies(*args, **options)
         batch, self._scored = self._scored, None

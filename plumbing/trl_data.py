@@ -31,7 +31,7 @@ def rows_of(prompts: list[Prompt], for_text_model: bool = False) -> Dataset:
 
 
 def prompt_of(row: dict) -> Prompt:
-    """The prompt of a row. In the table every part of a message has a text, if only None."""
+    """The prompt of a row. In the table every part of a message has a "text", which may be None."""
     messages = []
     for message in row["prompt"]:
         content = message["content"]

@@ -150,7 +150,10 @@ def on_main(processes, act, *args) -> None:
 
 
 class TRLRun(Run, transformers.TrainerCallback):
-    """A run directory whose steps TRL's trainer takes. Each process has one; the main one writes.
+    """A run whose steps TRL's trainer takes. Each process has one; the main one alone writes.
+
+    Of `Run` it has what needs no policy of the plain loops: sampling outside of steps, the log, and
+    which checkpoints stay.
 
     Args:
         start: the checkpoint of TRL's that it starts from, optimizer included; None: the base.
@@ -257,7 +260,10 @@ class TRLRun(Run, transformers.TrainerCallback):
         on_main(self.processes, self._commit)
 
     def load(self, path: Path | None) -> None:
-        """The trainer's weights become a checkpoint's, by a `train` that takes no step."""
+        """The trainer's weights become a checkpoint's; without one the trainer is made ready.
+
+        By a `train` that takes no step: it alone loads what accelerate has wrapped or sharded.
+        """
         trainer, args = self.trainer, self.trainer.args
         if path is None or trainer.holds != path:
             handler, args.max_steps, args.num_train_epochs = trainer.callback_handler, -1, 0
@@ -296,11 +302,12 @@ class TRLRun(Run, transformers.TrainerCallback):
 
     def first_line(self) -> str:
         state, wrapped = self.processes.state, type(self.trainer.model_wrapped).__name__
-        kind, wish = state.distributed_type.value, ""
+        kind, wish, guides = state.distributed_type.value, "", self.trainer.guides
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != "FSDP":
             wish = " (not the FSDP of the configuration: on CPUs accelerate makes DDP of it)"
+        until = f"guided until {guides.until}" if guides.answers else "no guide: GRPO"
         return (
             f"{self.out}: {kind} x {state.num_processes}, {wrapped}{wish} | to step "
-            f"{self.config.steps} | {batch_arithmetic(self.config)} | "
+            f"{self.config.steps}, {until} | {batch_arithmetic(self.config)} | "
             f"{len(self.train_prompts)} prompts"
         )
