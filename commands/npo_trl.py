@@ -272,10 +272,7 @@ def run_method(arguments, config: NPOConfig) -> None:
     if ours.fresh:
         on_main(PartialState(), start_over, ours)
     on_main(PartialState(), make_directory, out)
-    try:
-        trainer = make_trainer(ours, config, max(last))
-    except ValueError as error:  # TRL's, of a value that it does not know
-        raise UsageError(str(error)) from error
+    trainer = make_trainer(ours, config, max(last))
     if arguments.auto:
         watch(ours, out, trainer)
     elif isinstance(ours, npo.NPOConfig):
@@ -293,7 +290,7 @@ def in_trls_words(error: Exception) -> str:
         name = flag[1].replace("-", "_")
         return f"--{NAMES.get(name, name)}"
 
-    return re.sub(r"--([a-z][a-z-]*)", renamed, str(error))
+    return re.sub(r"--([a-z][a-z_-]*)", renamed, str(error))
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -319,17 +319,15 @@ def test_the_monitor_sees_what_autonpos_own_loop_sees(run, tmp_path, monkeypatch
         ({"lr_scheduler_type": "linear"}, "--lr_scheduler_type: a run that goes back"),
         ({"reward_weights": "1"}, "--reward_weights: answers are paid by verifier.reward"),
         ({"scout_steps": 3}, "--scout_steps: needs --intervention, --guide or --auto"),
-        ({"loss_type": "grp"}, "Unknown loss type: grp"),
         ({"intervention": "early", "scout_steps": 0}, "--scout_steps 0: must be at least 1"),
         ({"learning_rate": -1.0}, "--learning_rate -1.0: must be above 0"),
-        ({"eval_prompts": 4000}, "--eval_prompts 4000 would hold out all"),
         ({"num_generations": 3}, "generation_batch_size \\(8\\) must be divisible"),
         ({"guide": "nowhere"}, "--guide nowhere: is no guide"),
         ({"gate": 1.2, "intervention": "early"}, "--gate 1.2: must be at least 0 and at most 1"),
         ({"slots": 4, "intervention": "early"}, "--slots 4: must be at least 1 and below 4"),
         (
             {"intervention": "late", "plateau_start": 2, "guide": cards.TEACHER},
-            "--plateau-start 2: .*step_000002 does not exist",
+            "--plateau_start 2: .*step_000002 does not exist",
         ),
     ],
 )
