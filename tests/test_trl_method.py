@@ -1,6 +1,7 @@
 """NPO and AutoNPO in one TRL command: where it goes, where it goes back to, its resumes."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -345,3 +346,89 @@ def test_a_cache_of_other_prompts_is_told(run, tmp_path, capsys):
         path.write_text("".join(json.dumps(line) + "\n" for line in changed))
         with pytest.raises(SystemExit, match=f"error: guide cache .*made for another {what}"):
             run(tmp_path / what, guide=path, max_steps=3)
+
+
+def test_bf16_computes_in_it_and_trains_fp32_weights(run, tmp_path):
+    """In bf16 weights AdamW's steps of 1e-6 would be lost."""
+    run(tmp_path, bf16=True, learning_rate=1e-6, max_steps=4, save_steps=1, keep="all")
+    first, last = (load_file(path / "model.safetensors") for path in checkpoints(tmp_path)[::3])
+    assert {value.dtype for value in last.values()} == {torch.float32}
+    some = [name for name in last if name.endswith("q_proj.weight")]
+    moved = torch.cat([(first[name] != last[name]).flatten() for name in some])
+    assert moved.float().mean() > 0.5
+
+
+def test_equal_rewards_of_any_size_have_no_advantage(run, tmp_path, monkeypatch):
+    """TRL's rounding error in the mean of 100.1 would be an advantage of 0.1."""
+    monkeypatch.setattr("verifier.reward", lambda prompt, completion: 100.1)
+    found = run(tmp_path / "paid", max_steps=3)
+    assert [line["grad_norm"] for line in logged(tmp_path / "paid")] == [0.0] * 3
+    assert [line["reward"] for line in logged(tmp_path / "paid")] == pytest.approx([100.1] * 3)
+    base = load_file(cards.BASE / "model.safetensors")
+    moved = (name for name, value in found.items() if not torch.equal(value, base[name]))
+    assert all((found[name] - base[name]).abs().max() < 1e-4 for name in moved)  # weight decay
+
+
+def test_other_flags_of_trls_are_refused_on_resume(run, tmp_path):
+    run(tmp_path, max_steps=1, top_k=7)
+    for other in ({"top_k": 9}, {"beta": 0.1, "top_k": 7}, {"adam_beta2": 0.5, "top_k": 7}):
+        with pytest.raises(SystemExit, match=f"another configuration .*'{[*other][0]}'"):
+            run(tmp_path, max_steps=2, **other)
+    run(
+        tmp_path, max_steps=2, top_k=7, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_told(run, tmp_path, name):
+    run(tmp_path, max_steps=2)
+    path = checkpoints(tmp_path)[-1] / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(SystemExit, match=f"error: checkpoint .*damaged \\({name} is not what"):
+        run(tmp_path, max_steps=4)
+    path.unlink()
+    with pytest.raises(SystemExit, match=f"error: checkpoint .*damaged \\({name} is missing"):
+        run(tmp_path, max_steps=4)
+
+
+def test_asking_another_runs_guide_draws_no_numbers_of_the_run(run, tmp_path):
+    """Stopped after the guide's answers, before the first checkpoint."""
+    run(tmp_path / "scout", max_steps=3)
+    guide = {"guide": checkpoints(tmp_path / "scout")[-1], "max_steps": 3}
+    whole = run(tmp_path / "run", **guide)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert same(whole, run(tmp_path / "run", **guide))
+
+
+def test_a_rate_that_is_too_high_is_told(run, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="error: step .: the policy's probabilities are no number"):
+        run(tmp_path / "sampled", learning_rate=1e30, max_steps=6)
+    loss = NPOTrainer._compute_loss
+    monkeypatch.setattr(NPOTrainer, "_compute_loss", lambda *a: loss(*a) * float("nan"))
+    with pytest.raises(SystemExit, match="error: step 1: the gradient's norm is nan; try a lower"):
+        run(tmp_path / "trained", max_steps=2)
+    assert not checkpoints(tmp_path / "trained")
+
+
+def test_answers_that_are_all_masked(run, tmp_path):
+    run(tmp_path, mask_truncated_completions=True, max_completion_length=1, max_steps=1)
+    assert logged(tmp_path)[0]["loss"] == 0.0
+
+
+def test_an_own_reward_is_paid(run, tmp_path):
+    path, out = tmp_path / "mine.py", tmp_path / "run"
+    path.write_text(
+        "def paid(prompt, completion):\n    return sum(completion.token_ids) % 97 / 10\n"
+    )
+    run(out, reward=f"{path}:paid", max_steps=4)
+    assert all(line["rewards/reward/mean"] == line["reward"] for line in logged(out))
+    assert len({line["reward"] for line in logged(out)}) == 4
+    assert any(line["grad_norm"] > 0 for line in logged(out))
+
+
+def test_fresh_starts_over(run, tmp_path):
+    run(tmp_path / "run", max_steps=1)
+    run(tmp_path / "run", max_steps=2, learning_rate=2e-3, fresh=True)
+    assert (tmp_path / "run.old").is_dir() and len(logged(tmp_path / "run")) == 2
