@@ -31,7 +31,6 @@ from typing import Literal
 
 import torch
 import transformers
-import trl
 from accelerate import PartialState
 
 import autonpo
@@ -45,14 +44,13 @@ from plumbing.checkpoints import checkpoint_beside, checkpoint_path, checkpoints
 from plumbing.command import flag_comments, open_directory, start_over
 from plumbing.data import load_prompts
 from plumbing.encode import config_of, stop_ids, vision_token_ids
-from plumbing.files import make_directory
 from plumbing.guide_cache import GuideCache
 from plumbing.lora import ADAPTED
 from plumbing.model import auto_class
 from plumbing.own_code import load_function
 from plumbing.run import rows_of_step, rows_of_steps
 from plumbing.trl_data import Processor, load_processor, rewards_of, rows_of
-from plumbing.trl_run import TRLRun, on_main
+from plumbing.trl_run import TRLRun, kept_flags, on_main
 
 # The flags of npo.py and autonpo.py that are flags here, too, beside those under two headings
 OURS = {"model", "dataset", "columns", "instruction", "reward", "lora", "keep", "guide_samples"}
@@ -90,9 +88,6 @@ FIXED = {
     "python -m commands.evaluate does it, with a checkpoint": "eval_strategy",
     "docs/trl.md says what is logged": "log_completions",
 }
-# All that TRL adds to transformers' flags a run keeps, but for FREE; of transformers' it keeps KEPT
-FREE = {"generation_batch_size", "steps_per_generation", "pad_to_multiple_of"}
-KEPT = {"optim", "bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon"}
 
 
 def arguments_class() -> type:
@@ -204,18 +199,7 @@ def configuration(arguments, config: NPOConfig) -> grpo.GRPOConfig:
     kind(**values | {"device": "cpu"}).check()  # whether one card is enough is TRL's matter
     more = "trl", dict, dataclasses.field(default_factory=dict)
     kind = dataclasses.make_dataclass(kind.__name__, [more], bases=(kind,))
-    return kind(**values, trl=changed(config))
-
-
-def changed(config: NPOConfig) -> dict[str, str]:
-    """TRL's flags that change results, where they are not the default."""
-    theirs, found = trl.GRPOConfig.__dataclass_fields__.keys() - FREE, {}
-    theirs -= transformers.TrainingArguments.__dataclass_fields__.keys()
-    for name in sorted(theirs | KEPT):
-        value, default = getattr(config, name), config.__dataclass_fields__[name].default
-        if value != default and not name.startswith(("vllm_", "log_")):
-            found[name] = str(value)
-    return found
+    return kind(**values, trl=kept_flags(config))
 
 
 def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrainer:
@@ -271,7 +255,7 @@ def run_method(arguments, config: NPOConfig) -> None:
     out = Path(ours.out)
     if ours.fresh:
         on_main(PartialState(), start_over, ours)
-    on_main(PartialState(), make_directory, out)
+    on_main(PartialState(), open_directory, ours, out)
     trainer = make_trainer(ours, config, max(last))
     if arguments.auto:
         watch(ours, out, trainer)

@@ -133,14 +133,7 @@ class NPOTrainer(trl.GRPOTrainer):
 
     def _generate(self, prompts: list):
         """TRL's, with the guide's answers in the slots that they take."""
-        try:
-            found = super()._generate(prompts)
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            step = self.state.global_step + 1
-            problem = "the policy's probabilities are no numbers; try a lower --learning_rate"
-            raise FloatingPointError(f"step {step}: {problem}") from error
+        found = super()._generate(prompts)
         if len(found) != 8:
             raise moved(f"GRPOTrainer._generate returns {len(found)} values, not 8")
         prompt_ids, token_ids, tool_mask, texts, logprobs, *rest = found

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import trl
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -38,6 +39,21 @@ from plumbing.metrics import batch_arithmetic
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt, batched
 from plumbing.run import Run, lineage_key, sampled_tokens
 from plumbing.track import Curve
+
+# All that TRL adds to transformers' flags a run keeps, but for FREE; of transformers' it keeps KEPT
+FREE = {"generation_batch_size", "steps_per_generation", "pad_to_multiple_of"}
+KEPT = {"optim", "bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon"}
+
+
+def kept_flags(config) -> dict[str, str]:
+    """TRL's flags that change results, where they are not the default: a run keeps them."""
+    theirs, found = trl.GRPOConfig.__dataclass_fields__.keys() - FREE, {}
+    theirs -= transformers.TrainingArguments.__dataclass_fields__.keys()
+    for name in sorted(theirs | KEPT):
+        value, default = getattr(config, name), config.__dataclass_fields__[name].default
+        if value != default and not name.startswith(("vllm_", "log_")):
+            found[name] = str(value)
+    return found
 
 
 class Engine:
@@ -197,7 +213,14 @@ class TRLRun(Run, transformers.TrainerCallback):
         trainer.guides, self.remembered = cache, memory
         args.output_dir, args.max_steps = str(self.out), self.config.steps
         trainer.add_callback(self)
-        trainer.train(resume_from_checkpoint=source and str(source))
+        try:
+            trainer.train(resume_from_checkpoint=source and str(source))
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            step = trainer.state.global_step + 1
+            problem = "the policy's probabilities are no numbers; try a lower --learning_rate"
+            raise FloatingPointError(f"step {step}: {problem}") from error
         trainer.remove_callback(self)
         trainer.holds = checkpoint_path(self.out, self.step)
 

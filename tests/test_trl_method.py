@@ -423,7 +423,8 @@ def test_an_own_reward_is_paid(run, tmp_path):
         "def paid(prompt, completion):\n    return sum(completion.token_ids) % 97 / 10\n"
     )
     run(out, reward=f"{path}:paid", max_steps=4)
-    assert all(line["rewards/reward/mean"] == line["reward"] for line in logged(out))
+    for line in logged(out):
+        assert line["rewards/reward/mean"] == pytest.approx(line["reward"])
     assert len({line["reward"] for line in logged(out)}) == 4
     assert any(line["grad_norm"] > 0 for line in logged(out))
 
