@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
 import autonpo
+import verifier
 from commands import npo_trl
 from commands.trl_trainer import NPOTrainer
 from grpo import GRPOConfig
@@ -64,6 +65,7 @@ AUTO = {
 def run(monkeypatch, tiny):
     """Runs the command in this process, with a verifier that is easy to please."""
     monkeypatch.setattr("verifier.is_correct", lucky)
+    monkeypatch.setattr("verifier.reward", verifier.reward)  # puts it back after --reward
     monkeypatch.setattr(autonpo, "EMA_STEPS", 2)
     monkeypatch.setattr(autonpo, "MIN_SLICE", 1)
 
