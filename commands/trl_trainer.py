@@ -206,8 +206,9 @@ class NPOTrainer(trl.GRPOTrainer):
         ids, here = batch["completion_ids"], self.accelerator.process_index * len(inputs)
         # Equal rewards have A = 0, as in grpo.py. TRL leaves a rounding error over 1e-4, of which
         # AdamW makes full steps where nothing else has a gradient
-        rewards = self._paid.unflatten(0, (-1, self.num_generations))  # (P, G, functions)
-        alike = (rewards == rewards[:, :1]).flatten(1).all(dim=1)
+        weights = self.reward_weights.to(self._paid.device)
+        rewards = (self._paid * weights).nansum(dim=1).unflatten(0, (-1, self.num_generations))
+        alike = (rewards == rewards[:, :1]).all(dim=1)  # (P,)
         alike = alike.repeat_interleave(self.num_generations)[here : here + len(inputs)]
         batch["advantages"] = batch["advantages"].masked_fill(alike, 0.0)
         changed = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)

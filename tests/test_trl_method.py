@@ -363,9 +363,10 @@ def test_bf16_computes_in_it_and_trains_fp32_weights(run, tmp_path):
 def test_equal_rewards_of_any_size_have_no_advantage(run, tmp_path, monkeypatch):
     """TRL's rounding error in the mean of 100.1 would be an advantage of 0.1."""
     monkeypatch.setattr("verifier.reward", lambda prompt, completion: 100.1)
-    found = run(tmp_path / "paid", max_steps=3)
-    assert [line["grad_norm"] for line in logged(tmp_path / "paid")] == [0.0] * 3
-    assert [line["reward"] for line in logged(tmp_path / "paid")] == pytest.approx([100.1] * 3)
+    found = run(tmp_path / "paid", max_steps=6)
+    assert [line["grad_norm"] for line in logged(tmp_path / "paid")] == [0.0] * 6
+    assert [line["reward"] for line in logged(tmp_path / "paid")] == pytest.approx([100.1] * 6)
+    assert any(8 * line["accuracy"] % 4 for line in logged(tmp_path / "paid"))  # is no reward here
     base = load_file(cards.BASE / "model.safetensors")
     moved = (name for name, value in found.items() if not torch.equal(value, base[name]))
     assert all((found[name] - base[name]).abs().max() < 1e-4 for name in moved)  # weight decay
