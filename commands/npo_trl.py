@@ -7,20 +7,24 @@
         --model Qwen/Qwen3-VL-8B-Instruct --dataset hiyouga/geometry3k --auto \\
         --output_dir runs/8b --bf16 True --max_steps 300 --save_steps 10
 
-It goes ahead, asks the guide, goes back and replays as npo.py does, or watches itself as autonpo.py
-does, with their own functions; TRL takes the steps. The guide is the trainer's policy: it answers
-by the engine that trains, its prompts shared out over the processes. --guide names one that is
-there: a checkpoint, a guide.jsonl, a run, or texts. Without any of these flags it is GRPO.
+With --intervention it goes ahead, asks the guide, goes back and replays as npo.py does; with
+--auto it watches itself as autonpo.py does; TRL takes the steps. The guide is the trainer's own
+policy, and the engine that trains samples for it, its prompts shared out over the processes.
+--guide names an existing one: a checkpoint, a guide.jsonl, a run, or texts. Without these three
+flags it is GRPO.
 
-The directory is npo.py's: checkpoints/step_000040, metrics.jsonl, guide.jsonl, scout/. A checkpoint
-is TRL's, with generator states and optimizer, and counts once state.json is in it. Killed anywhere,
-the same command goes on. Step k asks the prompts that npo.py's step k asks.
+The directory is npo.py's, without curves, samples and evaluations: checkpoints/step_000040,
+metrics.jsonl, guide.jsonl, scout/. A checkpoint is TRL's, with generator states and optimizer,
+and complete once it has a state.json. Killed anywhere, the same command goes on. Step k asks the
+prompts that npo.py's step k asks, given the same --seed (here 42) and as many prompts per step.
 
 TRL is optional: pip install -r requirements-trl.txt
 """
 
+import argparse
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -34,22 +38,10 @@ import grpo
 import npo
 import verifier
 from autonpo import AutoNPOConfig, Memory
-from commands.trl_trainer import (
-    NPOConfig,
-    NPOTrainer,
-    Processor,
-    flag,
-    load_processor,
-    rewards_of,
-    rows_of,
-)
+from commands.trl_trainer import NPOConfig, NPOTrainer, flag
 from plumbing import UsageError
-from plumbing.checkpoints import (
-    checkpoint_beside,
-    checkpoint_path,
-    checkpoints,
-)
-from plumbing.command import flag_comments, open_directory
+from plumbing.checkpoints import checkpoint_beside, checkpoint_path, checkpoints
+from plumbing.command import flag_comments, open_directory, start_over
 from plumbing.data import load_prompts
 from plumbing.encode import config_of, stop_ids, vision_token_ids
 from plumbing.guide_cache import GuideCache
@@ -57,14 +49,44 @@ from plumbing.lora import ADAPTED
 from plumbing.model import auto_class
 from plumbing.own_code import load_function
 from plumbing.run import rows_of_step, rows_of_steps
-from plumbing.trl_run import TRLRun, on_main
+from plumbing.trl_data import Processor, load_processor, rewards_of, rows_of
+from plumbing.trl_run import TRLRun, kept_flags, on_main
 
-# Flags that are npo.py's and autonpo.py's own, with their defaults and help, and two that are not
-OURS = {"model", "dataset", "columns", "reward", "lora", "keep", "guide_samples"}
-OURS_UNDER = {"intervention", "trigger"}  # these headings
+# The flags of npo.py and autonpo.py that are flags here, too, beside those under two headings
+OURS = {"model", "dataset", "columns", "instruction", "reward", "lora", "keep", "guide_samples"}
+OURS |= {"eval_prompts", "max_prompt_tokens", "fresh"}
+OURS_UNDER = {"intervention", "trigger"}
+# Those that TRL has under its own name
+NAMES = {
+    "out": "output_dir",
+    "steps": "max_steps",
+    "save_every": "save_steps",
+    "group_size": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "clip_low": "epsilon",
+    "clip_high": "epsilon_high",
+    "lr": "learning_rate",
+    "micro_batch_size": "per_device_train_batch_size",
+    "prompts_per_step": "generation_batch_size",
+}
+SAME = "gate", "slots", "is_correction", "seed", "temperature", "weight_decay", "max_grad_norm"
 NEW = {
-    "intervention": (Literal["early", "late", "early+late"] | None, None, "go ahead and back [no]"),
+    "intervention": (Literal["early", "late", "early+late"] | None, None, "NPO, with a scout [no]"),
     "auto": (bool, False, "AutoNPO: it decides by itself when to roll back, and how far"),
+}
+# TRL's flags that must stay as they are, and why
+FIXED = {
+    "a run goes back to whole checkpoints": "save_strategy save_only_model",
+    "--keep says it": "save_total_limit",
+    "here a step is one update on answers of its own": "num_iterations",
+    "a run that goes back has the same rate all along": "lr_scheduler_type",
+    "the guide would read other prompts": "chat_template_kwargs",
+    "prompts are those of npo.py's steps": "ignore_data_skip",
+    "answers are paid by verifier.reward or --reward, which need all columns": "reward_weights "
+    "remove_unused_columns",
+    "the same command resumes": "resume_from_checkpoint",
+    "python -m commands.evaluate does it, with a checkpoint": "eval_strategy",
+    "docs/trl.md says what is logged": "log_completions",
 }
 
 
@@ -76,7 +98,9 @@ def arguments_class() -> type:
             if name in OURS or heading in OURS_UNDER:
                 help = text.replace("%", "%%")  # argparse formats it
                 found.setdefault(name, (own.type, flag(own.default, help)))
-    return dataclasses.make_dataclass("Arguments", [(name, *more) for name, more in found.items()])
+    made = dataclasses.make_dataclass("Arguments", [(name, *more) for name, more in found.items()])
+    made._argument_group_name = "NPO and AutoNPO, as in npo.py and autonpo.py"
+    return made
 
 
 # ---- The method: npo.intervene and autonpo.train, with TRL's steps ----------------------
@@ -94,7 +118,8 @@ def intervene(config: npo.NPOConfig, out: Path, trainer: NPOTrainer, scouts: boo
     run = TRLRun(config, out, trainer, start)
     asked = config, guide, run.start_step + 1, out / "guide.jsonl"
     if not scouts:  # the guide of another run, or texts: one process asks it
-        on_main(run.processes, npo.ask_guide, *asked)
+        with torch.random.fork_rng():  # a resumed run does not ask it again
+            on_main(run.processes, npo.ask_guide, *asked)
     cache = npo.ask_guide(*asked, run.policy_at(Path(guide)), run.processes)
     if not checkpoints(out):
         run.sampled_tokens = max(run.sampled_tokens, cache.spent_tokens)
@@ -131,51 +156,50 @@ def watch(config: AutoNPOConfig, out: Path, trainer: NPOTrainer) -> None:
 def configuration(arguments, config: NPOConfig) -> grpo.GRPOConfig:
     """The configuration of autonpo.py, npo.py or grpo.py that these flags mean."""
     alone = arguments.intervention is None and arguments.guide is None
-    kind = npo.NPOConfig
+    kind, values, flags = npo.NPOConfig, vars(arguments), NPOConfig.__dataclass_fields__
     if arguments.auto or alone:
         kind = AutoNPOConfig if arguments.auto else grpo.GRPOConfig
+    told = {n for n, f in type(arguments).__dataclass_fields__.items() if f.default != values[n]}
     wrong = {
-        "--auto: decides by itself; leave --intervention and --guide out": (
+        f"--{name}: {reason}; leave it out": getattr(config, name) != flags[name].default
+        for reason, names in FIXED.items()
+        for name in names.split()
+    }
+    wrong |= {
+        "--auto: chooses its own rollbacks; leave --intervention and --guide out": (
             arguments.auto and not alone
         ),
-        "--guide self: is of npo.py; leave it out": arguments.guide == "self",
-        "--max_steps: say how many": config.max_steps < 1,
-        "--save_strategy, --save_only_model, --save_steps: a run goes back to whole checkpoints, "
-        "saved every so many steps": config.save_strategy != "steps"
-        or config.save_only_model
-        or config.save_steps != int(config.save_steps),
-        "--save_total_limit: say --keep": config.save_total_limit is not None,
-        "--num_iterations, --steps_per_generation, --generation_batch_size: here a step is one "
-        "update on answers of its own; leave them out": config.num_iterations > 1
-        or config.steps_per_generation != config.gradient_accumulation_steps,
+        f"--{min(told - OURS, default='')}: needs --intervention, --guide or --auto": (
+            kind is grpo.GRPOConfig and told - OURS
+        ),
+        "--guide self: works in npo.py only; leave it out": arguments.guide == "self",
+        "--max_steps: is required": config.max_steps < 1,
+        "--save_steps, --logging_steps: must be whole": config.save_steps % 1
+        or config.logging_steps % 1,
+        "--logging_steps: with --auto a line a step; leave it out": (
+            arguments.auto and config.logging_steps != 1
+        ),
+        "--steps_per_generation, --generation_batch_size: here a step is one update on answers of "
+        "its own; leave them out": config.steps_per_generation
+        != config.gradient_accumulation_steps,
     }
     if found := next((text for text, holds in wrong.items() if holds), None):
         raise UsageError(found)
-    values = vars(arguments) | {
+    values |= {name: getattr(config, theirs) for name, theirs in NAMES.items()}
+    values |= {name: getattr(config, name) for name in SAME}
+    values |= {
         "intervention": arguments.intervention or "early",
-        "gate": config.gate,
-        "slots": config.slots,
-        "is_correction": config.is_correction,
-        "out": config.output_dir,
-        "steps": config.max_steps,
         "save_every": int(config.save_steps),
-        "seed": config.seed,
         "prompts_per_step": config.generation_batch_size // config.num_generations,
-        "group_size": config.num_generations,
         "micro_batch_size": config.per_device_train_batch_size * config.world_size,
-        "max_new_tokens": config.max_completion_length,
-        "temperature": config.temperature,
-        "clip_low": config.epsilon,
-        "clip_high": config.epsilon_high,
-        "lr": config.learning_rate,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
         "device": "cpu" if config.use_cpu else "auto",
         "sampler": "hf",
     }
-    ours = kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
-    ours.check()
-    return ours
+    values = {name: values[name] for name in kind.__dataclass_fields__ if name in values}
+    kind(**values | {"device": "cpu"}).check()  # whether one card is enough is TRL's matter
+    more = "trl", dict, dataclasses.field(default_factory=dict)
+    kind = dataclasses.make_dataclass(kind.__name__, [more], bases=(kind,))
+    return kind(**values, trl=kept_flags(config))
 
 
 def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrainer:
@@ -186,7 +210,8 @@ def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrai
     stops = [tokenizer.eos_token_id, *stop_ids(ours.model_path, tokenizer)]  # as TRL has them
     model = auto_class(config_of(ours.model_path)).from_pretrained(
         ours.model_path,
-        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        # AdamW's small steps are lost in bf16 weights; --bf16 computes in it with fp32 ones
+        dtype=torch.bfloat16 if config.bf16 and ours.lora else torch.float32,
         trust_remote_code=False,
     )
     adapters = None
@@ -198,17 +223,20 @@ def make_trainer(ours: grpo.GRPOConfig, config: NPOConfig, last: int) -> NPOTrai
     if sees:
         model.base_model.visual.requires_grad_(False)
         # a sampled image token breaks the training forward
-        never = {"suppress_tokens": vision_token_ids(model.config)}
-        config.generation_kwargs = never | (config.generation_kwargs or {})
-    table = rows_of([prompts[row] for row in rows], for_text_model=not sees)
+        vision, never = vision_token_ids(model.config), "suppress_tokens"
+        if config.use_vllm:
+            vision, never = dict.fromkeys(vision, -100.0), "logit_bias"
+        config.generation_kwargs = (config.generation_kwargs or {}) | {never: vision}
+    asked = [prompts[row] for row in rows]
+    table, row_of = rows_of(asked, for_text_model=not sees), {p.id: r for p, r in zip(asked, rows)}
     place = {row: number for number, row in enumerate(rows)}
-    asked = (row for step in range(1, last + 1) for row in rows_of_step(len(prompts), step, ours))
+    order = (row for step in range(1, last + 1) for row in rows_of_step(len(prompts), step, ours))
     config.shuffle_dataset = False  # `rows_of_step` has
     return NPOTrainer(
         model=model,
         args=config,
-        reward_funcs=rewards_of(stops),
-        train_dataset=table.select([place[row] for row in asked]),
+        reward_funcs=rewards_of(lambda id: prompts[row_of[id]], stops),
+        train_dataset=table.select([place[row] for row in order]),
         processing_class=processor,
         peft_config=adapters,
         watch=True,
@@ -219,12 +247,16 @@ def run_method(arguments, config: NPOConfig) -> None:
     ours = configuration(arguments, config)
     last = [ours.steps]
     if isinstance(ours, npo.NPOConfig) and not ours.guide:
-        last.append(ours.plateau_end if ours.late else ours.scout_steps)
+        last += [ours.plateau_end] if ours.late else []
+        last += [ours.scout_steps] if "early" in ours.intervention else []
     config.reward_weights = [0.0, 1.0]  # of `rewards_of`
     if ours.reward:
         verifier.reward = load_function("--reward", ours.reward, "prompt", "completion")
-    trainer, out = make_trainer(ours, config, max(last)), Path(ours.out)
-    trainer.holds = None  # which checkpoint its weights are
+    out = Path(ours.out)
+    if ours.fresh:
+        on_main(PartialState(), start_over, ours)
+    on_main(PartialState(), open_directory, ours, out)
+    trainer = make_trainer(ours, config, max(last))
     if arguments.auto:
         watch(ours, out, trainer)
     elif isinstance(ours, npo.NPOConfig):
@@ -235,8 +267,26 @@ def run_method(arguments, config: NPOConfig) -> None:
     trainer.accelerator.end_training()  # else a process that leaves takes the others down
 
 
+def in_trls_words(error: Exception) -> str:
+    """A message that names our flags, with TRL's names and underscores."""
+
+    def renamed(flag: re.Match) -> str:
+        name = flag[1].replace("-", "_")
+        return f"--{NAMES.get(name, name)}"
+
+    return re.sub(r"--([a-z][a-z_-]*)", renamed, str(error))
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the docstring, and shows defaults."""
+
+
 def main() -> None:
-    parser = transformers.HfArgumentParser((arguments_class(), NPOConfig), description=__doc__)
+    kinds = arguments_class(), NPOConfig
+    usage = "python -m commands.npo_trl --output_dir DIR --max_steps N [more, of ours and of TRL's]"
+    parser = transformers.HfArgumentParser(
+        kinds, usage=usage, description=__doc__, formatter_class=Help
+    )
     try:
         try:
             arguments, config = parser.parse_args_into_dataclasses()
@@ -245,8 +295,11 @@ def main() -> None:
         if not PartialState().is_main_process:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, the main one speaks for all
         run_method(arguments, config)
-    except (UsageError, FloatingPointError, ImportError) as error:  # ImportError: another TRL
-        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from None
+    except (UsageError, OSError, FloatingPointError, ImportError) as error:  # last: another TRL
+        told = f"error: {in_trls_words(error)}" if PartialState().is_main_process else 1
+        raise SystemExit(told) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command resumes") from None
 
 
 if __name__ == "__main__":

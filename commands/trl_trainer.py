@@ -6,40 +6,40 @@
    are the policy's own, as TRL has them for every other slot.
 
 Everything else is TRL's. It divides advantages by std + 1e-4, grpo.py by std + 1e-6. NPO's loss is
-`loss_type="grpo"` without a KL term: NPOConfig below has these defaults. Without a guide this is
-GRPOTrainer, bit for bit.
+`loss_type="grpo"` without a KL term: NPOConfig below has these defaults. Without a guide and
+without `watch` this is GRPOTrainer, bit for bit.
+
+TRL calls, in a step: _generate_and_score_completions -> _generate, _calculate_rewards; then for
+each micro-batch _compute_loss -> _get_per_token_logps_and_entropies.
 """
 
 import dataclasses
 import inspect
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-import transformers
 import trl
 from accelerate.utils import gather_object
-from datasets import Dataset, Image, Sequence
 
 import npo
 import verifier
-from plumbing.encode import flat, image_parts, load_tokenizer
+from plumbing import UsageError
 from plumbing.guide_cache import GuideCache
 from plumbing.metrics import guide_metrics
-from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt
+from plumbing.rollout import Completion, EncodedPrompt, Group
+from plumbing.trl_data import prompt_of
 
 TESTED = "TRL 1.16 (with accelerate 1.15 and transformers 5.19)"
-# All that is private in TRL and used here, with its first parameters; also the attribute `_metrics`
+# TRL's private methods that are used here, with their first parameters
 PRIVATE = {
     "_generate": "self, prompts",
     "_generate_single_turn": "self, prompt_ids, images, multimodal_fields, num_generations",
     "_generate_and_score_completions": "self, inputs",
+    "_calculate_rewards": "self, inputs, prompts, completions, completion_ids_list",
     "_get_per_token_logps_and_entropies": "self, model, input_ids, attention_mask, logits_to_keep",
     "_compute_loss": "self, model, inputs",
     "_save_checkpoint": "self, model, trial",
 }
-SILENT = 1e-3  # an advantage below it is a rounding error; real ones are above 0.3 at G = 8
-COLUMNS = "images", "prompt_id", "gold", "choices", "working"  # of a data set, beside "prompt"
 OPTIONS = {"model", "args", "reward_funcs", "train_dataset", "processing_class", "peft_config"}
 
 
@@ -49,16 +49,18 @@ def flag(default, text: str):
 
 @dataclass
 class NPOConfig(trl.GRPOConfig):
+    _argument_group_name = "TRL's GRPOConfig; some defaults are NPO's, gate, slots and more its own"
     gate: float = flag(0.6, "tau: a slot is replaced if the pass-rate is at most this")
-    slots: int = flag(1, "the guide's first so many answers take the last so many slots")
-    is_correction: bool = flag(True, "ratio pi_theta / pi_guide; without, it starts at 1")
+    slots: int = flag(1, "how many slots, the last ones, the guide's answers may take")
+    is_correction: bool = flag(True, "ratio pi_theta / pi_guide; if off, it starts at 1")
     # GRPO as in grpo.py and in the NPO authors' settings
     loss_type: str = flag("grpo", "grpo: mean over each sequence's tokens, then over sequences")
-    epsilon: float = flag(0.2, "the ratio's clip range is 1 - epsilon ...")
-    epsilon_high: float | None = flag(0.28, "... to 1 + epsilon_high")
+    epsilon: float = flag(0.2, "the ratio's clip range begins at 1 - epsilon")
+    epsilon_high: float | None = flag(0.28, "the ratio's clip range ends at 1 + epsilon_high")
     beta: float = flag(0.0, "weight of a KL term; NPO has none")
     lr_scheduler_type: str = flag("constant", "schedule of the learning rate")
     weight_decay: float = flag(0.01, "of AdamW")
+    logging_steps: float = flag(1, "steps between lines of the log")
 
 
 def check_trl() -> None:
@@ -88,6 +90,7 @@ class NPOTrainer(trl.GRPOTrainer):
     Args:
         guides: the guide cache. It needs the columns of `rows_of` in the data set, and as the
             first reward function the accuracy (0 or 1), whose mean over a group is its pass-rate.
+            All reward functions must be plain functions.
         watch: without guides, too, fill in `groups` and `entropy`, log more, and take advantages of
             equal rewards for 0.
         All others: GRPOTrainer's.
@@ -98,23 +101,29 @@ class NPOTrainer(trl.GRPOTrainer):
         entropy: of the last step: minus the mean log-prob of the policy's own sampled tokens in
             nats, over all processes; those of displaced answers are not computed.
         silent: whether nothing is logged.
+        holds: the checkpoint whose weights it has, where that is known; TRLRun's.
     """
 
     def __init__(self, *args, guides: GuideCache | None = None, watch: bool = False, **options):
         check_trl()
         super().__init__(*args, **options)
-        if not hasattr(self, "_metrics"):
-            raise moved("has no GRPOTrainer._metrics")
+        for name in ["_metrics", "eos_token_ids", *["_last_loaded_step"] * self.use_vllm]:
+            if not hasattr(self, name):
+                raise moved(f"has no GRPOTrainer.{name}")
         self.guides, self.watch, self.silent = guides or GuideCache(), watch, False
-        self.groups, self.entropy = [], 0.0
-        # rows of this process, which of them the guide has taken, the batch in the loss, its sums
-        self._asked, self._taken, self._scored, self._sums = [], {}, None, []
+        self.groups, self.entropy, self.holds = [], 0.0, None
+        # rows of this process, which of them replace_slot has changed, all processes' rewards, the
+        # batch in the loss, its sums
+        self._asked, self._taken, self._paid, self._scored, self._sums = [], {}, None, None, []
 
     def _guided(self) -> bool:
         return bool(self.guides.answers) and self.state.global_step < self.guides.until
 
     def _watching(self) -> bool:
         return self.model.training and (self.watch or self._guided())
+
+    def create_model_card(self, *_, **__) -> None:
+        """None: TRL's would call a local base "None"."""
 
     def log(self, *args, **options) -> None:
         if not self.silent:
@@ -132,31 +141,42 @@ class NPOTrainer(trl.GRPOTrainer):
             columns = {key: [row[key] for row in self._asked] for key in self._asked[0]}
             columns |= {"prompts": prompts, "completions": texts, "completion_ids": token_ids}
             del columns["prompt"]
-            accuracies = self.reward_funcs[0](**columns)
-            answers = []
-            for row, ids, text, right in zip(self._asked, token_ids, texts, accuracies):
-                finished = ids[-1] in self.eos_token_ids
-                answer = Completion(row["prompt_id"], ids, None, text[0]["content"], finished)
-                answer.answer = verifier.extract_answer(answer.text) if finished else None
-                answer.accuracy = right
-                answer.reward = verifier.reward(prompt_of(row), answer)
-                answers.append(answer)
+            answers = self._scored_answers(columns)
             self._taken = self._take_slots(prompt_ids, answers)
-            for row, guide in self._taken.items():
-                token_ids[row] = guide.token_ids
-                texts[row] = [{"role": "assistant", "content": guide.text}]
-                if logprobs is not None:  # vLLM's, which has not sampled this
-                    logprobs[row] = [None] * len(guide.token_ids)
+            for row, answer in self._taken.items():
+                token_ids[row] = answer.token_ids
+                texts[row] = [{"role": "assistant", "content": answer.text}]
+                if logprobs is not None:  # vLLM's, which has not sampled this here
+                    logprobs[row] = [None] * len(answer.token_ids)
         return prompt_ids, token_ids, tool_mask, texts, logprobs, *rest
 
+    def _scored_answers(self, columns: dict) -> list[Completion]:
+        """This process's answers, or the error of their rewards, which all processes raise."""
+        try:
+            paid = [function(**columns) for function in self.reward_funcs]
+        except UsageError as error:
+            return [error]
+        answers, weights = [], self.reward_weights.tolist()
+        texts, places = columns["completions"], zip(self._asked, columns["completion_ids"])
+        for text, (row, ids), *rewards in zip(texts, places, *paid):
+            finished = ids[-1] in self.eos_token_ids
+            answer = Completion(row["prompt_id"], ids, None, text[0]["content"], finished)
+            answer.answer = verifier.extract_answer(answer.text) if finished else None
+            answer.accuracy = rewards[0]
+            answer.reward = sum(w * r for w, r in zip(weights, rewards) if r is not None)
+            answers.append(answer)
+        return answers
+
     def _take_slots(self, prompt_ids: list, answers: list[Completion]) -> dict[int, Completion]:
-        """Which rows of this process the guide's answers take.
+        """Which rows of this process replace_slot has changed.
 
         A group may span processes: each process looks at all groups that it has a row of.
         """
+        batch = gather_object(answers)  # of all processes
+        if error := next((found for found in batch if isinstance(found, UsageError)), None):
+            raise error
         size, here, step = self.num_generations, len(answers), self.state.global_step + 1
         first = self.accelerator.process_index * here  # place in the batch of the first row here
-        batch = gather_object(answers)  # of all processes
         taken, begun = {}, []
         for start in range(first // size * size, first + here, size):
             row, own = max(start - first, 0), batch[start : start + size]
@@ -183,21 +203,25 @@ class NPOTrainer(trl.GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if not self._watching():
             return batch
+        ids, here = batch["completion_ids"], self.accelerator.process_index * len(inputs)
         # Equal rewards have A = 0, as in grpo.py. TRL leaves a rounding error over 1e-4, of which
         # AdamW makes full steps where nothing else has a gradient
-        near_zero = batch["advantages"].abs() < SILENT
-        batch["advantages"] = batch["advantages"].masked_fill(near_zero, 0.0)
-        ids = batch["completion_ids"]
-        guided = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
+        weights = self.reward_weights.to(self._paid.device)
+        rewards = (self._paid * weights).nansum(dim=1).unflatten(0, (-1, self.num_generations))
+        alike = (rewards == rewards[:, :1]).all(dim=1)  # (P,)
+        alike = alike.repeat_interleave(self.num_generations)[here : here + len(inputs)]
+        batch["advantages"] = batch["advantages"].masked_fill(alike, 0.0)
+        changed = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
+        guided = changed.clone()
         dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         recorded = torch.full(ids.shape, torch.nan, dtype=dtype, device=ids.device)
-        for row, guide in self._taken.items():  # nan: not a guide's (B, T)
-            guided[row] = True
-            if self.args.is_correction and guide.behavior_logprobs:
-                values = torch.tensor(guide.behavior_logprobs, dtype=dtype)
+        for row, answer in self._taken.items():  # nan: not a guide's (B, T)
+            changed[row], guided[row] = True, answer.source != "policy"
+            if self.args.is_correction and answer.behavior_logprobs:
+                values = torch.tensor(answer.behavior_logprobs, dtype=dtype)
                 recorded[row, : len(values)] = values
         if "importance_sampling_ratio" in batch:
-            self._only_own(batch, guided)
+            self._only_own(batch, changed)
         if "old_per_token_logps" in batch:
             own = batch["old_per_token_logps"]
             batch["old_per_token_logps"] = torch.where(recorded.isnan(), own, recorded)
@@ -206,14 +230,18 @@ class NPOTrainer(trl.GRPOTrainer):
         if "sampling_per_token_logps" in batch:  # where TRL masks what is too far off-policy
             theirs = batch.get("old_per_token_logps", recorded)
             sampling = batch["sampling_per_token_logps"]
-            batch["sampling_per_token_logps"] = torch.where(guided[:, None], theirs, sampling)
+            batch["sampling_per_token_logps"] = torch.where(changed[:, None], theirs, sampling)
         return batch | {"guided": guided}
 
-    def _only_own(self, batch: dict, guided: torch.Tensor) -> None:
+    def _calculate_rewards(self, *args):
+        self._paid = super()._calculate_rewards(*args)  # (B, functions), of all processes
+        return self._paid
+
+    def _only_own(self, batch: dict, changed: torch.Tensor) -> None:
         """vLLM's correction, and what TRL has logged of it, for the policy's own rows alone."""
         ratio = batch["importance_sampling_ratio"]  # (B, T), or (B, 1) of whole sequences
         mask = batch["completion_mask"].bool() if ratio.shape[1] > 1 else ratio.isfinite()
-        own = ratio[mask & ~guided[:, None]]
+        own = ratio[mask & ~changed[:, None]]
         none = own.new_tensor(torch.nan)
         found = [own.min(), own.mean(), own.max()] if len(own) else [none] * 3
         found = self.accelerator.gather(torch.stack(found)[None])  # (processes, 3)
@@ -222,16 +250,16 @@ class NPOTrainer(trl.GRPOTrainer):
         for name, value in zip(("min", "mean", "max"), values):
             name = f"sampling/importance_sampling_ratio/{name}"
             self._metrics["train"][name][-1] = value.item()
-        ratio[guided] = 1.0
+        ratio[changed] = 1.0
 
     def _compute_loss(self, model, inputs: dict):
         self._scored = inputs if "guided" in inputs else None
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args, **options):
-        """TRL's. Its loss takes these, detached, as the old log-probs that the batch lacks.
+        """TRL's. Where a batch has no old log-probs, its loss takes these, detached.
 
-        A batch with a guide's gets all of them here: the guide's, and these in every other row.
+        A batch in which a guide has rows gets them here: its own there, TRL's in all others.
         """
         found = super()._get_per_token_logps_and_entropies(*args, **options)
         batch, self._scored = self._scored, None
@@ -256,94 +284,9 @@ class NPOTrainer(trl.GRPOTrainer):
             return
         seen, self._sums = self.accelerator.gather(torch.stack(self._sums)), []  # (batches, 6)
         entropy, tokens, ratios, guides = seen[:, :4].sum(dim=0).tolist()
-        self.entropy = entropy / tokens
+        self.entropy = entropy / max(tokens, 1.0)  # 0 if all are masked
         if guides:
             some = seen[seen[:, 3] > 0]
             found = ratios / guides, some[:, 4].min().item(), some[:, 5].max().item()
             for name, value in zip(("mean", "min", "max"), found):
                 self._metrics["train"][f"npo/guide_ratio_{name}"].append(value)
-
-
-# ---- The columns of a data set ----------------------------------------------------------
-
-
-def rows_of(prompts: list[Prompt], for_text_model: bool = False) -> Dataset:
-    """The columns that TRL, the rewards and `prompt_of` read."""
-    rows = [
-        {
-            "prompt": flat(prompt.messages) if for_text_model else prompt.messages,
-            "images": prompt.images,
-            "prompt_id": prompt.id,
-            "gold": prompt.gold,
-            "choices": prompt.choices or [],
-            "working": prompt.working or "",
-        }
-        for prompt in prompts
-    ]
-    table = Dataset.from_list(rows)
-    if any(prompt.images for prompt in prompts):
-        return table.cast_column("images", Sequence(Image()))
-    return table.remove_columns("images")
-
-
-def prompt_of(row: dict) -> Prompt:
-    """The prompt of a row. In the table every part of a message has a text, if only None."""
-    messages = []
-    for message in row["prompt"]:
-        content = message["content"]
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        parts = [{k: v for k, v in p.items() if v is not None} for p in content]
-        messages.append(message | {"content": parts})
-    images, choices, working = row.get("images", []), row["choices"] or None, row["working"] or None
-    return Prompt(row["prompt_id"], messages, images, row["gold"], choices, working)
-
-
-# ---- What TRL needs of a model, and the rewards -----------------------------------------
-
-
-class Processor(transformers.Qwen3VLProcessor):
-    """Qwen3-VL's own, without the video part. It encodes exactly as `encode.encode` does.
-
-    The video part needs torchvision, and PyPI's does not import beside a CPU build of torch.
-    """
-
-    def __init__(self, image_processor, tokenizer, chat_template=None):
-        template = chat_template or tokenizer.chat_template
-        super().__init__(image_processor, tokenizer, chat_template=template)
-
-    def __call__(self, images=None, text=None, **options):
-        """`images` are TRL's: a list for each prompt, or None where a prompt has no image."""
-        every = [image for of_prompt in images or [] for image in of_prompt or []]
-        return super().__call__(images=every or None, text=text, **options)
-
-
-def load_processor(path: str | Path):
-    """A text model's is its tokenizer."""
-    tokenizer, image_processor = load_tokenizer(path), image_parts(path)[0]
-    tokenizer.padding_side = "left"
-    return Processor(image_processor, tokenizer) if image_processor else tokenizer
-
-
-def rewards_of(stops: list[int]) -> list:
-    """TRL's reward functions: the accuracy, for a weight of 0, and verifier.reward, of 1.
-
-    `stops` are the ids that end an answer: one that was cut off is wrong, as in the plain loops.
-    """
-
-    def judged(prompts, completions, completion_ids, **columns) -> list[Completion]:
-        answers = []
-        for place, (said, ids) in enumerate(zip(completions, completion_ids)):
-            row = {name: columns[name][place] for name in COLUMNS if name in columns}
-            prompt = prompt_of(row | {"prompt": prompts[place]})
-            answer = Completion(prompt.id, ids, None, said[0]["content"], ids[-1] in stops)
-            verifier.score([Group(prompt, EncodedPrompt([]), [answer])])
-            answers.append(answer)
-        return answers
-
-    def accuracy(**columns) -> list[float]:
-        return [answer.accuracy for answer in judged(**columns)]
-
-    def reward(**columns) -> list[float]:
-        return [answer.reward for answer in judged(**columns)]
-
-    return [accuracy, reward]

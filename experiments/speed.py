@@ -63,7 +63,8 @@ def trl_steps(folder: str, guided: bool = False) -> list[float]:
     import transformers
     import trl
 
-    from commands.trl_trainer import NPOConfig, NPOTrainer, rows_of
+    from commands.trl_trainer import NPOConfig, NPOTrainer
+    from plumbing.trl_data import rows_of
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):

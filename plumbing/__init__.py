@@ -25,6 +25,7 @@ fingerprints    what a run must find again when it goes on
 command         flags in, exit code out
 run             the run directory, its seeds and its resume
 guide_cache     guide.jsonl
+trl_data        prompts and rewards as TRL takes them
 trl_run         the same directory where TRL takes the steps, on many processes
 figures         the pictures of signal_theory.py
 report          curves, summary, and the last words of a run

@@ -6,6 +6,7 @@ one of the run's, by its name and state.json, when all of it is on the disk. All
 the directory.
 """
 
+import math
 import os
 import shutil
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import trl
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -20,21 +22,38 @@ from tqdm import tqdm
 from plumbing import UsageError
 from plumbing.checkpoints import (
     UNTRAINED,
+    checked,
     checkpoint_path,
     checkpoint_state,
     checkpoint_states,
     clear_leftovers,
+    stored_state,
     write_state,
 )
 from plumbing.command import open_directory
 from plumbing.data import load_prompts
 from plumbing.encode import encode, image_parts, load_tokenizer
-from plumbing.files import on_disk
+from plumbing.files import file_hashes, on_disk
 from plumbing.guide_cache import GuideCache
 from plumbing.metrics import batch_arithmetic
 from plumbing.rollout import Completion, EncodedPrompt, Group, Prompt, batched
 from plumbing.run import Run, lineage_key, sampled_tokens
 from plumbing.track import Curve
+
+# All that TRL adds to transformers' flags a run keeps, but for FREE; of transformers' it keeps KEPT
+FREE = {"generation_batch_size", "steps_per_generation", "pad_to_multiple_of"}
+KEPT = {"optim", "bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon"}
+
+
+def kept_flags(config) -> dict[str, str]:
+    """TRL's flags that change results, where they are not the default: a run keeps them."""
+    theirs, found = trl.GRPOConfig.__dataclass_fields__.keys() - FREE, {}
+    theirs -= transformers.TrainingArguments.__dataclass_fields__.keys()
+    for name in sorted(theirs | KEPT):
+        value, default = getattr(config, name), config.__dataclass_fields__[name].default
+        if value != default and not name.startswith(("vllm_", "log_")):
+            found[name] = str(value)
+    return found
 
 
 class Engine:
@@ -147,7 +166,10 @@ def on_main(processes, act, *args) -> None:
 
 
 class TRLRun(Run, transformers.TrainerCallback):
-    """A run directory whose steps TRL's trainer takes. Each process has one; the main one writes.
+    """A run whose steps TRL's trainer takes. Each process has one; the main one alone writes.
+
+    Of `Run` it has what needs no policy of the plain loops: sampling outside of steps, the log, and
+    which checkpoints stay.
 
     Args:
         start: the checkpoint of TRL's that it starts from, optimizer included; None: the base.
@@ -158,8 +180,6 @@ class TRLRun(Run, transformers.TrainerCallback):
         self.processes, self.keep_back = trainer.accelerator, getattr(config, "max_distance", 0)
         self.curve, self.train_prompts = Curve(config, out), load_prompts(config)[0]
         on_main(self.processes, self._open)
-        if start and not (start / "trainer_state.json").is_file():
-            raise UsageError(f"{start}: is no checkpoint of TRL's, so TRL cannot go on from it")
         fresh = checkpoint_state(start) if start else UNTRAINED
         state = max(checkpoint_states(out).values(), key=lineage_key, default=fresh)
         self.start_step, self.step, self.spent_tokens = fresh["step"], state["step"], 0
@@ -186,10 +206,21 @@ class TRLRun(Run, transformers.TrainerCallback):
             return
         newest = checkpoint_path(self.out, self.step)
         source = newest if newest.is_dir() else self.start
+        if source and not (source / "trainer_state.json").is_file():
+            raise UsageError(f"{source}: is no checkpoint of TRL's, so TRL cannot go on from it")
+        if source:
+            on_main(self.processes, checked, source, True)
         trainer.guides, self.remembered = cache, memory
         args.output_dir, args.max_steps = str(self.out), self.config.steps
         trainer.add_callback(self)
-        trainer.train(resume_from_checkpoint=source and str(source))
+        try:
+            trainer.train(resume_from_checkpoint=source and str(source))
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            step = trainer.state.global_step + 1
+            problem = "the policy's probabilities are no numbers; try a lower --learning_rate"
+            raise FloatingPointError(f"step {step}: {problem}") from error
         trainer.remove_callback(self)
         trainer.holds = checkpoint_path(self.out, self.step)
 
@@ -224,13 +255,20 @@ class TRLRun(Run, transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if self.processes.is_main_process and "loss" in logs:
             super().log({"step": state.global_step, **logs})
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise FloatingPointError(
+                f"step {state.global_step}: the gradient's norm is {logs['grad_norm']}; try a "
+                "lower --learning_rate"
+            )
 
     def _commit(self) -> None:
         """TRL's checkpoint becomes one of the run's, in one act."""
         aside, path = self.out / f"checkpoint-{self.step}", checkpoint_path(self.out, self.step)
-        for file in filter(Path.is_file, aside.rglob("*")):
+        files = [file for file in aside.rglob("*") if file.is_file()]
+        for file in files:
             on_disk(file)
-        write_state(aside, self._state(), {})
+        names = [str(file.relative_to(aside)) for file in files]
+        write_state(aside, self._state(), dict(zip(names, file_hashes(files))))
         path.parent.mkdir(exist_ok=True)
         aside.rename(path)
         self._forget_old()
@@ -245,11 +283,16 @@ class TRLRun(Run, transformers.TrainerCallback):
         on_main(self.processes, self._commit)
 
     def load(self, path: Path | None) -> None:
-        """The trainer's weights become a checkpoint's, by a `train` that takes no step."""
+        """The trainer's weights become a checkpoint's; without one the trainer is made ready.
+
+        By a `train` that takes no step: it alone loads what accelerate has wrapped or sharded.
+        """
         trainer, args = self.trainer, self.trainer.args
         if path is None or trainer.holds != path:
             handler, args.max_steps, args.num_train_epochs = trainer.callback_handler, -1, 0
             callbacks, handler.callbacks, trainer.silent = handler.callbacks, [], True
+            if path:
+                on_main(self.processes, checked, path, True)
             trainer.train(resume_from_checkpoint=path and str(path))
             handler.callbacks, trainer.silent, trainer.holds = callbacks, False, path
             trainer._last_loaded_step = -1  # vLLM has other weights
@@ -275,16 +318,19 @@ class TRLRun(Run, transformers.TrainerCallback):
 
     def roll_back(self, step: int, memory: dict) -> None:
         self.step, self.rollbacks, self.memory = step, self.rollbacks + 1, memory
-        on_main(self.processes, write_state, checkpoint_path(self.out, step), self._state(), {})
+        path = checkpoint_path(self.out, step)
+        files = stored_state(path)["files"]
+        on_main(self.processes, write_state, path, self._state(), files)
         on_main(self.processes, self._forget_after, step)
 
     def first_line(self) -> str:
         state, wrapped = self.processes.state, type(self.trainer.model_wrapped).__name__
-        kind, wish = state.distributed_type.value, ""
+        kind, wish, guides = state.distributed_type.value, "", self.trainer.guides
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != "FSDP":
             wish = " (not the FSDP of the configuration: on CPUs accelerate makes DDP of it)"
+        until = f"guided until {guides.until}" if guides.answers else "no guide: GRPO"
         return (
             f"{self.out}: {kind} x {state.num_processes}, {wrapped}{wish} | to step "
-            f"{self.config.steps} | {batch_arithmetic(self.config)} | "
+            f"{self.config.steps}, {until} | {batch_arithmetic(self.config)} | "
             f"{len(self.train_prompts)} prompts"
         )

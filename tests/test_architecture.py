@@ -80,7 +80,7 @@ def test_tools_stay_where_they_are():
     found = forbidden(r"(?!commands|experiments).*", "", "commands") + forbidden(".*", "", "tests")
     found += forbidden(r"(?!experiments).*", "", "experiments")
     found += forbidden(r"(?!plumbing\.vllm_sampler).*", "", "vllm")
-    known = r"plumbing\.(data|sources)|commands\.(benchmarks|evaluate|trl_trainer)"
+    known = r"plumbing\.(data|sources|trl_data)|commands\.(benchmarks|evaluate)"
     found += forbidden(f"(?!{known}).*", "", "datasets")
     assert not found, f"{found}: move what is shared to plumbing, and vllm or datasets behind it"
 

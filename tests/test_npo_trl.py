@@ -1,6 +1,7 @@
 """The slot inside TRL: npo.py's loss, plain TRL without guides, several processes, resuming."""
 
 import copy
+import dataclasses
 import json
 import math
 import statistics
@@ -22,11 +23,12 @@ import grpo
 import npo
 import verifier
 from commands import npo_trl
-from commands.trl_trainer import NPOConfig, NPOTrainer, load_processor, rewards_of, rows_of
+from commands.trl_trainer import NPOConfig, NPOTrainer
 from plumbing.encode import config_of
 from plumbing.guide_cache import GuideCache
 from plumbing.model import Policy, auto_class
 from plumbing.rollout import Completion, Group, Prompt
+from plumbing.trl_data import load_processor, rewards_of, rows_of
 from worlds import cards
 
 FLAGS = {
@@ -251,7 +253,7 @@ def test_an_edited_replace_slot_sees_the_whole_group(fresh, prompts, tmp_path, m
     monkeypatch.setattr(npo, "replace_slot", first_slot)
     guides = guides_for(fresh, some[1:])
     flags = {"guides": guides, "max_completion_length": 28}
-    trainer = trainer_of(NPOTrainer, tmp_path, some, rewards_of([2])[0], **flags)
+    trainer = trainer_of(NPOTrainer, tmp_path, some, rewards_of(named(some), [2])[0], **flags)
     batch = batch_of(trainer, 0, 1)
     assert trainer._taken == {0: lent, 4: guides.answers[some[1].id][0]}
     assert batch["guide_logprobs"][0].isnan().all()  # none recorded: the policy's own are taken
@@ -271,37 +273,45 @@ def test_an_edited_replace_slot_sees_the_whole_group(fresh, prompts, tmp_path, m
     for answer in answers:
         assert answer.text == fresh.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         assert answer.finished is (answer.token_ids[-1] == 2)
-        answered = answer.finished and "}" in answer.text
-        assert answer.reward == pytest.approx(0.9 * answer.accuracy + 0.1 * answered)
+        assert answer.reward == answer.accuracy  # this trainer's only reward
     assert {answer.finished for answer in answers} == {True, False}
 
 
+def named(some: list[Prompt]):
+    return {prompt.id: prompt for prompt in some}.__getitem__
+
+
 def test_rewards_are_the_verifiers(monkeypatch):
-    """An option's letter is right, a cut answer is not; an edited reward sees all of the answer."""
+    """An option's letter is right, a cut answer is not; an edited reward sees all of the answer,
+    and the data set's row; each answer is paid once."""
     said = "\\boxed{A}", "\\boxed{55}", "\\boxed{55}", "55"
     columns = {
         "prompts": [[{"role": "user", "content": "Start at 27."}]] * 4,
         "completions": [[{"role": "assistant", "content": text}] for text in said],
         "completion_ids": [[7, 2], [7, 8, 5], [7, 8], [7, 2]],
         "prompt_id": ["p"] * 4,
-        "gold": ["B"] * 4,
-        "choices": [["41", "55"]] * 4,
-        "working": [""] * 4,
         "trainer_state": None,  # TRL gives more than columns
     }
-    accuracy, reward = rewards_of([2, 5])
+    options = ["41", "55"]
+    prompt = Prompt("p", [], [], "B", options, row={"level": 3})
+    accuracy, reward = rewards_of(named([prompt]), [2, 5])
     assert accuracy(**columns) == [0.0, 1.0, 0.0, 0.0]
     assert reward(**columns) == pytest.approx([0.1, 1.0, 0.0, 0.0])
-    columns["gold"][0] = "A"
-    assert accuracy(**columns)[0] == 1.0
+    accuracy, reward = rewards_of(named([dataclasses.replace(prompt, gold="A")]), [2])
+    assert accuracy(**columns) == [1.0, 0.0, 0.0, 0.0]
+    paid = []
 
     def edited(prompt, completion) -> float:
         completion.accuracy = float(completion.text == "55")
-        return len(completion.token_ids) + len(prompt.choices) / 4
+        paid.append(completion.text)
+        return len(completion.token_ids) + prompt.row["level"] / 4
 
     monkeypatch.setattr(verifier, "reward", edited)
+    accuracy, reward = rewards_of(named([prompt]), [2])
     assert accuracy(**columns) == [0.0, 0.0, 0.0, 1.0]
-    assert reward(**columns) == [2.5, 3.5, 2.5, 2.5]
+    columns["completion_ids"][1] = [7, 9, 6, 2]  # the guide's, which takes a slot
+    assert reward(**columns) == [2.75, 4.75, 2.75, 2.75] and len(paid) == 5
+    assert accuracy(**columns) == [0.0, 0.0, 0.0, 1.0] and len(paid) == 5
 
 
 def test_the_processor_encodes_as_the_policy_does(base):

@@ -11,8 +11,9 @@ pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 import trl
 from test_npo_trl import asked, guides_for, lucky, trainer_of
 
-from commands.trl_trainer import NPOTrainer, prompt_of
+from commands.trl_trainer import NPOTrainer
 from plumbing.model import Policy
+from plumbing.trl_data import prompt_of
 
 
 def test_public_hooks_do_what_the_trainer_does(prompts, tmp_path, folder):

@@ -1,6 +1,7 @@
 """NPO and AutoNPO in one TRL command: where it goes, where it goes back to, its resumes."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
 import autonpo
+import verifier
 from commands import npo_trl
 from commands.trl_trainer import NPOTrainer
 from grpo import GRPOConfig
@@ -63,6 +65,7 @@ AUTO = {
 def run(monkeypatch, tiny):
     """Runs the command in this process, with a verifier that is easy to please."""
     monkeypatch.setattr("verifier.is_correct", lucky)
+    monkeypatch.setattr("verifier.reward", verifier.reward)  # puts it back after --reward
     monkeypatch.setattr(autonpo, "EMA_STEPS", 2)
     monkeypatch.setattr(autonpo, "MIN_SLICE", 1)
 
@@ -308,19 +311,26 @@ def test_the_monitor_sees_what_autonpos_own_loop_sees(run, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"auto": True, "intervention": "early"}, "--auto: decides by itself"),
-        ({"guide": "self"}, "--guide self: is of npo.py"),
-        ({"max_steps": -1}, "--max_steps: say how many"),
-        ({"save_strategy": "no"}, "--save_strategy, --save_only_model, --save_steps: a run goes"),
-        ({"save_total_limit": 2}, "--save_total_limit: say --keep"),
-        ({"num_iterations": 2}, "--num_iterations, --steps_per_generation, --generation_batch"),
+        ({"auto": True, "intervention": "early"}, "--auto: chooses its own rollbacks"),
+        ({"auto": True, "logging_steps": 2}, "--logging_steps: with --auto a line a step"),
+        ({"logging_steps": 0.5}, "--save_steps, --logging_steps: must be whole"),
+        ({"guide": "self"}, "--guide self: works in npo.py only"),
+        ({"max_steps": -1}, "--max_steps: is required"),
+        ({"save_strategy": "no"}, "--save_strategy: a run goes back to whole checkpoints; leave"),
+        ({"save_total_limit": 2}, "--save_total_limit: --keep says it; leave it out"),
+        ({"num_iterations": 2}, "--num_iterations: here a step is one update on answers of its"),
+        ({"lr_scheduler_type": "linear"}, "--lr_scheduler_type: a run that goes back"),
+        ({"reward_weights": "1"}, "--reward_weights: answers are paid by verifier.reward"),
+        ({"scout_steps": 3}, "--scout_steps: needs --intervention, --guide or --auto"),
+        ({"intervention": "early", "scout_steps": 0}, "--scout_steps 0: must be at least 1"),
+        ({"learning_rate": -1.0}, "--learning_rate -1.0: must be above 0"),
         ({"num_generations": 3}, "generation_batch_size \\(8\\) must be divisible"),
         ({"guide": "nowhere"}, "--guide nowhere: is no guide"),
         ({"gate": 1.2, "intervention": "early"}, "--gate 1.2: must be at least 0 and at most 1"),
         ({"slots": 4, "intervention": "early"}, "--slots 4: must be at least 1 and below 4"),
         (
             {"intervention": "late", "plateau_start": 2, "guide": cards.TEACHER},
-            "--plateau-start 2: .*step_000002 does not exist",
+            "--plateau_start 2: .*step_000002 does not exist",
         ),
     ],
 )
@@ -338,3 +348,91 @@ def test_a_cache_of_other_prompts_is_told(run, tmp_path, capsys):
         path.write_text("".join(json.dumps(line) + "\n" for line in changed))
         with pytest.raises(SystemExit, match=f"error: guide cache .*made for another {what}"):
             run(tmp_path / what, guide=path, max_steps=3)
+
+
+def test_bf16_computes_in_it_and_trains_fp32_weights(run, tmp_path):
+    """In bf16 weights AdamW's steps of 1e-6 would be lost."""
+    run(tmp_path, bf16=True, learning_rate=1e-6, max_steps=4, save_steps=1, keep="all")
+    first, last = (load_file(path / "model.safetensors") for path in checkpoints(tmp_path)[::3])
+    assert {value.dtype for value in last.values()} == {torch.float32}
+    some = [name for name in last if name.endswith("q_proj.weight")]
+    moved = torch.cat([(first[name] != last[name]).flatten() for name in some])
+    assert moved.float().mean() > 0.5
+
+
+def test_equal_rewards_of_any_size_have_no_advantage(run, tmp_path, monkeypatch):
+    """TRL's rounding error in the mean of 100.1 would be an advantage of 0.1."""
+    monkeypatch.setattr("verifier.reward", lambda prompt, completion: 100.1)
+    found = run(tmp_path / "paid", max_steps=6)
+    assert [line["grad_norm"] for line in logged(tmp_path / "paid")] == [0.0] * 6
+    assert [line["reward"] for line in logged(tmp_path / "paid")] == pytest.approx([100.1] * 6)
+    assert any(8 * line["accuracy"] % 4 for line in logged(tmp_path / "paid"))  # is no reward here
+    base = load_file(cards.BASE / "model.safetensors")
+    moved = (name for name, value in found.items() if not torch.equal(value, base[name]))
+    assert all((found[name] - base[name]).abs().max() < 1e-4 for name in moved)  # weight decay
+
+
+def test_other_flags_of_trls_are_refused_on_resume(run, tmp_path):
+    run(tmp_path, max_steps=1, top_k=7)
+    for other in ({"top_k": 9}, {"beta": 0.1, "top_k": 7}, {"adam_beta2": 0.5, "top_k": 7}):
+        with pytest.raises(SystemExit, match=f"another configuration .*'{[*other][0]}'"):
+            run(tmp_path, max_steps=2, **other)
+    run(
+        tmp_path, max_steps=2, top_k=7, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_told(run, tmp_path, name):
+    run(tmp_path, max_steps=2)
+    path = checkpoints(tmp_path)[-1] / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(SystemExit, match=f"error: checkpoint .*damaged \\({name} is not what"):
+        run(tmp_path, max_steps=4)
+    path.unlink()
+    with pytest.raises(SystemExit, match=f"error: checkpoint .*damaged \\({name} is missing"):
+        run(tmp_path, max_steps=4)
+
+
+def test_asking_another_runs_guide_draws_no_numbers_of_the_run(run, tmp_path):
+    """Stopped after the guide's answers, before the first checkpoint."""
+    run(tmp_path / "scout", max_steps=3)
+    guide = {"guide": checkpoints(tmp_path / "scout")[-1], "max_steps": 3}
+    whole = run(tmp_path / "run", **guide)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert same(whole, run(tmp_path / "run", **guide))
+
+
+def test_a_rate_that_is_too_high_is_told(run, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="error: step .: the policy's probabilities are no number"):
+        run(tmp_path / "sampled", learning_rate=1e30, max_steps=6)
+    loss = NPOTrainer._compute_loss
+    monkeypatch.setattr(NPOTrainer, "_compute_loss", lambda *a: loss(*a) * float("nan"))
+    with pytest.raises(SystemExit, match="error: step 1: the gradient's norm is nan; try a lower"):
+        run(tmp_path / "trained", max_steps=2)
+    assert not checkpoints(tmp_path / "trained")
+
+
+def test_answers_that_are_all_masked(run, tmp_path):
+    run(tmp_path, mask_truncated_completions=True, max_completion_length=1, max_steps=1)
+    assert logged(tmp_path)[0]["loss"] == 0.0
+
+
+def test_an_own_reward_is_paid(run, tmp_path):
+    path, out = tmp_path / "mine.py", tmp_path / "run"
+    path.write_text(
+        "def paid(prompt, completion):\n    return sum(completion.token_ids) % 97 / 10\n"
+    )
+    run(out, reward=f"{path}:paid", max_steps=4)
+    for line in logged(out):
+        assert line["rewards/reward/mean"] == pytest.approx(line["reward"])
+    assert len({line["reward"] for line in logged(out)}) == 4
+    assert any(line["grad_norm"] > 0 for line in logged(out))
+
+
+def test_fresh_starts_over(run, tmp_path):
+    run(tmp_path / "run", max_steps=1)
+    run(tmp_path / "run", max_steps=2, learning_rate=2e-3, fresh=True)
+    assert (tmp_path / "run.old").is_dir() and len(logged(tmp_path / "run")) == 2

@@ -337,13 +337,13 @@ def test_one_decision_for_all_and_as_on_one_process(method, tmp_path):
                 assert row == pytest.approx(other, rel=1e-3)
 
 
-STAGES = [
-    ("scout", EARLY, "trainer _compute_loss 2"),
-    ("cache", EARLY, "engine sample 2"),
-    ("replay", EARLY, "trainer _compute_loss 5"),
-    ("probe", AUTO, "run ask 1"),
-    ("rollback", AUTO, "run roll_back 1"),
-]
+KILLS = {  # the other five pairs of stage and ranks went as well, once
+    "one in the scout": (EARLY, "trainer _compute_loss 2 1"),
+    "all in the cache": (EARLY, "engine sample 2 all"),
+    "one in the replay": (EARLY, "trainer _compute_loss 5 1"),
+    "all in the probe": (AUTO, "run ask 1 all"),
+    "one in the rollback": (AUTO, "run roll_back 1 1"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -351,13 +351,12 @@ def whole():
     return {}
 
 
-@pytest.mark.parametrize("whom", ["1", "all"])
-@pytest.mark.parametrize(("stage", "flags", "where"), STAGES, ids=[stage for stage, *_ in STAGES])
-def test_kill_9_of_one_and_of_all(method, whole, tmp_path, stage, flags, where, whom):
+@pytest.mark.parametrize(("flags", "kill"), KILLS.values(), ids=KILLS)
+def test_kill_9_of_one_and_of_all(method, whole, tmp_path, flags, kill):
     kind = "auto" in flags
     if kind not in whole:
         whole[kind] = method(tmp_path / "whole", 2, flags)
-    told = method(tmp_path / "parts", 2, flags, check=False, KILL=f"{where} {whom}")
+    told = method(tmp_path / "parts", 2, flags, check=False, KILL=kill)
     assert "SIGKILL" in told
     found = method(tmp_path / "parts", 2, flags)
     assert all(torch.equal(value, found[name]) for name, value in whole[kind].items())
@@ -373,5 +372,12 @@ def test_an_fsdp2_configuration_is_told_to_be_ddp_here(method, tmp_path):
 def test_a_mistake_ends_in_one_line_on_all_processes(method, tmp_path):
     told = method(tmp_path / "out", 2, {"max_steps": 2, "guide": "nowhere"}, check=False)
     assert told.count("error: --guide nowhere: is no guide") == 1
+    reward = tmp_path / "mine.py"  # of the second process's answers alone
+    reward.write_text(
+        "import os\ndef paid(prompt, completion):\n"
+        "    return None if os.environ['RANK'] == '1' else 0.5\n"
+    )
+    told = method(tmp_path / "paid", 2, {"max_steps": 2, "reward": f"{reward}:paid"}, check=False)
+    assert told.count("the reward is None; it must be a finite number") == 1
     told = method(tmp_path / "out", 2, {"max_steps": 2, "num_generations": 3}, check=False)
     assert told.count("error: generation_batch_size (8) must be divisible by num_generations") == 1
