@@ -339,7 +339,6 @@ def test_one_decision_for_all_and_as_on_one_process(method, tmp_path):
 
 KILLS = {  # once, each of scout, cache, replay, probe, rollback went with one killed and with all
     "all in the cache": (EARLY, "engine sample 2 all"),
-    "one in the replay": (EARLY, "trainer _compute_loss 5 1"),
     "one in the rollback": (AUTO, "run roll_back 1 1"),
 }
 
