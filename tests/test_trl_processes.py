@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 
 from test_npo_trl import another, asked, guides_for
-from test_trl_method import AUTO, EARLY, FLAGS
+from test_trl_method import AUTO, EARLY, FLAGS, words_of
 
 import grpo
 import npo
@@ -304,9 +304,8 @@ def method(tiny, tmp_path, fresh, prompts):
 
     def run(out: Path, count: int, flags: dict, check: bool = True, **environment):
         rows = FLAGS["per_device_train_batch_size"] // count
-        given = FLAGS | {"model": tiny["model"], "per_device_train_batch_size": rows} | flags
-        given["output_dir"] = out
-        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+        given = {"model": tiny["model"], "per_device_train_batch_size": rows, "output_dir": out}
+        words = words_of(given | flags)
         if "auto" in flags:
             environment["ANSWERS"] = answers
         told = launch(script, count, *words, check=check, **environment)
