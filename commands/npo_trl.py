@@ -160,6 +160,8 @@ def configuration(arguments, config: NPOConfig) -> grpo.GRPOConfig:
     if arguments.auto or alone:
         kind = AutoNPOConfig if arguments.auto else grpo.GRPOConfig
     told = {n for n, f in type(arguments).__dataclass_fields__.items() if f.default != values[n]}
+    unused = told - kind.__dataclass_fields__.keys() - NEW.keys()
+    method = kind.__name__.removesuffix("Config")
     wrong = {
         f"--{name}: {reason}; leave it out": getattr(config, name) != flags[name].default
         for reason, names in FIXED.items()
@@ -169,9 +171,8 @@ def configuration(arguments, config: NPOConfig) -> grpo.GRPOConfig:
         "--auto: chooses its own rollbacks; leave --intervention and --guide out": (
             arguments.auto and not alone
         ),
-        f"--{min(told - OURS, default='')}: needs --intervention, --guide or --auto": (
-            kind is grpo.GRPOConfig and told - OURS
-        ),
+        f"--{min(unused, default='')}: has no effect in {method}; leave it out, or say which "
+        "method you want by --intervention, --guide or --auto": unused,
         "--guide self: works in npo.py only; leave it out": arguments.guide == "self",
         "--max_steps: is required": config.max_steps < 1,
         "--save_steps, --logging_steps: must be whole": config.save_steps % 1

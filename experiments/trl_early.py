@@ -80,10 +80,13 @@ def speed_up(file: Path, seeds: list[int]) -> str:
     goals = [scout.accuracy for scout in scouts]
     alone, steps = (to_goals(of, goals, "step")[0] for of in (scouts, runs["early"]))
     ratios = [a / b for a, b in zip(alone, steps)]
-    ends = [statistics.fmean(run.until(WINDOW).accuracy for run in runs[row]) for row in ROWS]
-    shown = interval(ratios) if len(seeds) > 1 else f"{ratios[0]:.2f}"
+    ends = [[run.until(WINDOW).accuracy for run in runs[row]] for row in ROWS]
+    if len(seeds) > 1:
+        shown, *ends = interval(ratios), *(interval(values, 3) for values in ends)
+    else:
+        shown, *ends = f"{ratios[0]:.2f}", *(f"{values[0]:.3f}" for values in ends)
     return (
-        f"speed-up {shown}; at step {WINDOW} GRPO {ends[0]:.3f}, NPO {ends[1]:.3f}; seeds "
+        f"speed-up {shown}; at step {WINDOW} GRPO {ends[0]}, NPO {ends[1]}; seeds "
         f"{', '.join(map(str, seeds))}"
     )
 

@@ -309,7 +309,7 @@ def test_the_ordinary_command_trains_on_a_random_model(tmp_path, capsys):
     config.check()
     assert config.prompts_per_step == 8 and config.dataset == f"{out}/questions.jsonl"
     small = {"prompts_per_step": 2, "eval_prompts": 12, "max_new_tokens": 20, "steps": 1}
-    small |= {"eval_samples": 8, "micro_batch_size": 8, "model": config.model}
+    small |= {"eval_samples": 2, "micro_batch_size": 8, "model": config.model}
     grpo.train(grpo.GRPOConfig(dataset=config.dataset, **small), str(tmp_path / "run"))
     start, line = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert 0.1 < start["eval/accuracy"] < 0.8  # half of the boxes are right, and some are cut off

@@ -373,7 +373,7 @@ def test_resumed_through_trl_is_the_same_run(base, prompts, tmp_path):
 
 
 def words(out: Path, **flags) -> list[str]:
-    flags = FLAGS | {"guide_samples": 2, "max_steps": 2, "output_dir": out} | flags
+    flags = FLAGS | {"max_steps": 2, "output_dir": out} | flags
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
@@ -385,7 +385,8 @@ def main(monkeypatch, *arguments: str) -> None:
 def test_the_command_takes_a_plain_checkpoint_as_guide_and_goes_on(
     command, monkeypatch, capsys, tmp_path
 ):
-    flags = words(tmp_path, max_completion_length=80)  # the teacher's are longer
+    # the teacher's answers are longer
+    flags = words(tmp_path, max_completion_length=80, guide_samples=2)
     done = command("-m", "commands.npo_trl", *flags, "--guide", cards.TEACHER)
     cache = tmp_path / "guide.jsonl"
     assert "guide@0 solved" in done.stdout and len(cache.read_text().splitlines()) == 1 + 4
@@ -403,7 +404,7 @@ def test_the_command_takes_a_text_model(monkeypatch, folder, tmp_path):
     path = tmp_path / "sums.jsonl"
     rows = [{"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(300)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = words(tmp_path / "out", max_completion_length=8, scout_steps=1)
+    flags = words(tmp_path / "out", max_completion_length=8, scout_steps=1, guide_samples=2)
     flags += ["--model", str(folder("gemma3")), "--intervention", "early"]
     main(monkeypatch, *flags, "--dataset", str(path))
     Policy(tmp_path / "out/checkpoints/step_000002")

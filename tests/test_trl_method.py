@@ -16,7 +16,7 @@ pytest.importorskip("trl", reason="pip install -r requirements-trl.txt")
 import autonpo
 import verifier
 from commands import npo_trl
-from commands.trl_trainer import NPOTrainer
+from commands.trl_trainer import NPOConfig, NPOTrainer
 from grpo import GRPOConfig
 from plumbing import trl_run
 from plumbing.checkpoints import checkpoint_state, checkpoints, step_of
@@ -41,7 +41,6 @@ FLAGS = {
     "disable_tqdm": True,
     "logging_steps": 1,
     "save_steps": 2,
-    "guide_samples": 5,
 }
 EARLY = {"intervention": "early", "scout_steps": 3, "max_steps": 4}
 # Everything is a mistake, nothing is progress, any entropy has fallen: see tests/test_autonpo.py
@@ -70,13 +69,19 @@ def run(monkeypatch, tiny):
     monkeypatch.setattr(autonpo, "MIN_SLICE", 1)
 
     def command(out: Path, **flags) -> dict[str, torch.Tensor]:
-        flags = FLAGS | {"model": tiny["model"], "output_dir": out} | flags
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        words = words_of({"model": tiny["model"], "output_dir": out} | flags)
         monkeypatch.setattr(sys, "argv", ["npo_trl.py", *words])
         npo_trl.main()
         return weights(out)
 
     return command
+
+
+def words_of(flags: dict) -> list[str]:
+    """A command line of FLAGS and these; where there is a guide, it answers five times."""
+    guided = flags.keys() & {"intervention", "auto", "guide"}
+    flags = FLAGS | ({"guide_samples": 5} if guided else {}) | flags
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -321,7 +326,9 @@ def test_the_monitor_sees_what_autonpos_own_loop_sees(run, tmp_path, monkeypatch
         ({"num_iterations": 2}, "--num_iterations: here a step is one update on answers of its"),
         ({"lr_scheduler_type": "linear"}, "--lr_scheduler_type: a run that goes back"),
         ({"reward_weights": "1"}, "--reward_weights: answers are paid by verifier.reward"),
-        ({"scout_steps": 3}, "--scout_steps: needs --intervention, --guide or --auto"),
+        ({"scout_steps": 3}, "--scout_steps: has no effect in GRPO; leave it out, or say which"),
+        ({"scout_steps": 3, "auto": True}, "--scout_steps: has no effect in AutoNPO"),
+        ({"patience": 3, "intervention": "early"}, "--patience: has no effect in NPO"),
         ({"intervention": "early", "scout_steps": 0}, "--scout_steps 0: must be at least 1"),
         ({"learning_rate": -1.0}, "--learning_rate -1.0: must be above 0"),
         ({"num_generations": 3}, "generation_batch_size \\(8\\) must be divisible"),
@@ -337,6 +344,64 @@ def test_the_monitor_sees_what_autonpos_own_loop_sees(run, tmp_path, monkeypatch
 def test_mistakes_end_in_one_line(run, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         run(tmp_path, **{"max_steps": 3} | flags)
+
+
+def test_interrupted_or_given_a_file_for_a_directory(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="^error: .*file"):
+        run(tmp_path / "file", max_steps=1)
+
+    def ctrl_c(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(npo_trl, "run_method", ctrl_c)
+    with pytest.raises(SystemExit, match="^interrupted; the same command resumes"):
+        run(tmp_path / "out", max_steps=1)
+
+
+@pytest.fixture
+def asked_for(monkeypatch, run, tmp_path):
+    """What the trainer would be made of; it is not made."""
+
+    def found(**flags) -> dict:
+        class Made(Exception):
+            pass
+
+        def made(**options):
+            raise Made(options)
+
+        monkeypatch.setattr(npo_trl, "NPOTrainer", made)
+        with pytest.raises(Made) as told:
+            run(tmp_path, **flags)
+        return told.value.args[0]
+
+    return found
+
+
+def test_vision_tokens_are_never_sampled(asked_for, monkeypatch, base):
+    """By transformers' option, and by vLLM's, which has no other; TRL checks that vLLM is there."""
+    mine = {"max_steps": 1, "generation_kwargs": '{"min_new_tokens": 2}'}
+    kept = asked_for(**mine)["args"].generation_kwargs
+    assert kept == {"min_new_tokens": 2, "suppress_tokens": base.never_sampled}
+    post_init = NPOConfig.__post_init__
+
+    def with_vllm(self):
+        post_init(self)
+        self.use_vllm = True
+
+    monkeypatch.setattr(NPOConfig, "__post_init__", with_vllm)
+    kept = asked_for(**mine | {"fresh": True})["args"].generation_kwargs
+    assert kept == {"min_new_tokens": 2, "logit_bias": dict.fromkeys(base.never_sampled, -100.0)}
+
+
+def test_the_data_set_reaches_to_the_last_step_of_any_stage(asked_for):
+    """Its rows are those of npo.py's steps, also of a scout that goes further than the rest."""
+    flags = {"intervention": "early+late", "plateau_start": 2, "plateau_end": 3, "max_steps": 4}
+    table = asked_for(**flags, scout_steps=5)["train_dataset"]
+    prompts, _ = load_prompts(RunConfig(dataset="cards", model="cards"))
+    config = GRPOConfig(prompts_per_step=2, seed=42)
+    steps = [rows_of_step(len(prompts), step, config) for step in range(1, 6)]
+    assert table["prompt_id"] == [prompts.id_of(row) for rows in steps for row in rows]
 
 
 def test_a_cache_of_other_prompts_is_told(run, tmp_path, capsys):
