@@ -138,18 +138,21 @@ def update(
     """`updates_per_batch` optimizer steps on the groups; returns their metrics.
 
     A group whose advantages are all 0 has no gradient: it is counted, but
-    left out of forward and backward. If that leaves none, nothing is done.
+    left out of forward and backward. If that leaves none, AdamW still goes
+    on by its moments, as in TRL and verl.
     """
     advantages_of, loss_of = advantages_of or group_advantages, loss_of or policy_loss
     rewards = torch.tensor([[c.reward for c in g.completions] for g in groups])  # (P, G)
     advantages = advantages_of(rewards)  # (P, G)
     samples, stats = samples_with_signal(groups, advantages), UpdateStats()
     size = rewards.numel(), sum(len(c.token_ids) for g in groups for c in g.completions)
-    for _ in range(config.updates_per_batch if samples else 0):
+    for _ in range(config.updates_per_batch):
         for micro_batch in micro_batches(samples, config):
             loss, per_token = loss_of(policy, micro_batch, config, *size)
             loss.backward()
             stats.add(micro_batch, loss, per_token)
+        for parameter in policy.parameters() if not samples else ():
+            parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         stats.end_step(norm)  # stops the run if loss or gradient is not finite
         optimizer.step()

@@ -48,7 +48,7 @@ class UpdateStats:
         self.loss = 0.0
 
     def metrics(self) -> dict:
-        if not self.losses:
+        if not self.tokens:  # no group had signal
             return {"loss": 0.0, "grad_norm": 0.0, "ratio": 1.0}
         found = {"loss": statistics.fmean(self.losses)}
         found["grad_norm"] = statistics.fmean(self.grad_norms)
