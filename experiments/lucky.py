@@ -13,6 +13,7 @@ import json
 import npo
 from experiments.runs import HERE, ROOT, RUNS, commit
 from plumbing.data import load_prompts
+from plumbing.guide_cache import GuideCache
 from plumbing.run import read_jsonl
 
 RESULTS = HERE / "lucky.jsonl"
@@ -24,14 +25,21 @@ def counted(world: str, seed: int) -> dict:
     out = ROOT / RUNS / "lucky" / f"{world}-{seed}"
     config = npo.NPOConfig(model=world, seed=seed, out=str(out), eval_every=1000)
     cache = npo.ask_guide(config, npo.go_ahead(config, out / "scout"), 1, out / "guide.jsonl")
+    line = {"world": world, "seed": seed} | count(cache, config)
+    return line | {"prompts": cache.header["prompts"], "commit": commit()}
+
+
+def count(cache: GuideCache, config: npo.NPOConfig) -> dict:
+    """The verified answers of a cache, and the lucky ones of them."""
     prompts, _ = load_prompts(config)
     workings = {}
     for row, hand in zip(prompts.kept, prompts.rows):
         workings[f"{prompts.fingerprint}:{row}"] = hand.working
     answers = [(id, answer.text) for id, found in cache.answers.items() for answer in found]
-    lucky = sum(workings[id] not in text for id, text in answers)
-    line = {"world": world, "seed": seed, "verified": len(answers), "lucky": lucky}
-    return line | {"prompts": cache.header["prompts"], "commit": commit()}
+    return {
+        "verified": len(answers),
+        "lucky": sum(workings[id] not in text for id, text in answers),
+    }
 
 
 def main() -> None:

@@ -1,23 +1,27 @@
-"""Named groups of training runs, and the one runner that makes their results.
+"""The one runner of the experiments: makes the runs of experiments/plan.py and their result lines.
 
-    python -m experiments.runs early --seeds 0 1 2 3 4    # two runs at a time on two cores
-    python -m experiments.runs --help                     # the groups and their rows
+    python -m experiments.runs cards                  # two runs at a time on two cores
+    python -m experiments.runs plateau --seeds 50 51  # seeds 50 to 59 are for looking
+    python -m experiments.runs --help                 # the groups, their rows and reported seeds
 
 Every run adds one line to experiments/FILE.jsonl (committed), from which experiments/tables.py
 makes docs/results.md:
 
     {"row", "seed", "commit", "base", "command", "seconds", "updates",
-     "evals": [[step, held-out accuracy, sampled tokens], ...],
+     "evals": [[step, held-out accuracy, sampled tokens, that of part B on the staircase], ...],
      "entropy": [[step, mean of ten steps], ...], "npo/guide_frac", "npo/guide_ratio_max"}
 
-A run whose line is there is skipped, so the same command resumes. Run directories and logs are in
-experiments/runs/ (not committed; about 1 GB of checkpoints per seed of "compare").
+or "left_out" with the reason in the place of a measurement. Further keys: "guide_b", the exact
+accuracy of a guide chosen by it; of GRPO on the cards "moved", how far its weights went; of the lax
+world "lucky"; of AutoNPO its "steps" and "decisions". A run whose line is there is skipped, so the
+same command resumes. Run directories and logs are in experiments/runs/ (not committed).
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -25,92 +29,69 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
+from safetensors.torch import load_file
+
+from experiments.plan import GROUPS, LEVELS, ROWS, Run
+from plumbing.checkpoints import checkpoint_path
+from plumbing.files import read_jsonl
+from plumbing.guide_cache import load_guide_cache
 from plumbing.rollout import batched
-from plumbing.run import current_lineage, read_jsonl
+from plumbing.run import current_lineage, evaluations
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RUNS = "experiments/runs"
-SCOUT, WINDOW, LONG = 40, 60, 140  # npo.py's default; steps of "early", and of its GRPO
-STEPS = 200  # of "compare"
+TAKEN = re.compile(r"\{([\w/-]+)([@>])([\d.]+)\}")  # a checkpoint of another row's run
+BASES = {"cards": "cards_base", "cards_lax": "cards_lax", "staircase": "staircase_base"}
 
 
-@dataclass(frozen=True)
-class Run:
-    """A planned run. `needs`: the row whose run of the same seed has to be there before."""
-
-    row: str
-    command: str  # {seed} and {runs}, the group's directory, are filled in by `planned`
-    needs: str = ""
-    seed: int = 0
-    out: str = ""  # run directory, relative to the repository's root
+def planned(rows: list[Run], seeds) -> list[Run]:
+    """The runs, row by row, with their seeds and directories."""
+    return [with_seed(run, seed) for run in rows for seed in seeds]
 
 
-def guide(row: str, step: int) -> str:
-    return f"--guide {{runs}}/{row}-{{seed}}/checkpoints/step_{step:06d}"
+def with_seed(run: Run, seed: int) -> Run:
+    out = f"{RUNS}/{run.row}-{seed}"
+    command = f"python {run.command} --seed {seed + run.shift} --out {out}"
+    return replace(run, command=command, seed=seed, out=out)
 
 
-# GRPO, which goes on for as many tokens as the others sample; NPO whose guide is GRPO's step 40;
-# and the two controls without a future: the policy asked again (D = 0), and twice the answers
-EARLY = [
-    Run("grpo", f"grpo.py --steps {LONG}"),
-    Run("early", f"npo.py --steps {WINDOW} {guide('grpo', SCOUT)}", needs="grpo"),
-    Run("self", f"npo.py --steps {WINDOW} --guide self --guided-until {SCOUT}"),
-    Run("grpo-16", f"grpo.py --steps {WINDOW} --group-size 16"),
-]
-
-# The paper's comparison at the scale of the cards world: where should guidance come from? GRPO's
-# first 200 steps are the baseline; it goes on for as many tokens as RLEP with its far future.
-# Every row has its own defaults, but for RLEP's pool: 8 answers per prompt (its paper: 64).
-NPO, EVALS = f"npo.py --steps {STEPS} --eval-every 10", "--eval-every 10"
-LATE = f"--plateau-start 120 --plateau-end {STEPS} {EVALS}"
-COMPARE = [
-    Run("grpo", f"grpo.py --steps 840 {EVALS}"),
-    Run("grpo-16", f"grpo.py --steps {STEPS} --group-size 16 {EVALS}"),
-    Run("luffy", f"-m commands.luffy --steps {STEPS} {EVALS}"),
-    Run("luffy-unshaped", f"-m commands.luffy --steps {STEPS} --no-shaping {EVALS}"),
-    Run("exgrpo", f"-m commands.exgrpo --steps {STEPS} {EVALS}"),
-    Run("early", f"{NPO} {guide('grpo', SCOUT)}", "grpo"),
-    Run("early-no-is", f"{NPO} --no-is-correction {guide('grpo', SCOUT)}", "grpo"),
-    Run("early-teacher", f"{NPO} --guided-until {SCOUT} --guide worlds/cards_teacher"),
-    Run("early-far", f"{NPO} --guided-until {SCOUT} {guide('grpo', 400)}", "grpo"),
-    Run("late", f"npo.py --intervention late {LATE} {guide('grpo', STEPS)}", "grpo"),
-    Run("early+late", f"npo.py --intervention early+late {LATE} {guide('early', STEPS)}", "early"),
-    Run("autonpo", f"autonpo.py --steps {STEPS} {EVALS}"),
-    Run(
-        "rlep",
-        f"-m commands.rlep --steps {STEPS} --guide-samples 8 {EVALS} {guide('grpo', 400)}",
-        needs="grpo",
-    ),
-]
-
-# Group -> its result file, and its rows, each after the row that it needs
-GROUPS = {"early": ("early", EARLY), "compare": ("compare", COMPARE)}
-
-
-def planned(group: str, seeds: list[int]) -> list[Run]:
-    """A group's runs, row by row, with their seeds and directories."""
-    found, runs = [], f"{RUNS}/{group}"
-    for run in GROUPS[group][1]:
-        for seed in seeds:
-            out = f"{runs}/{run.row}-{seed}"
-            command = run.command.format(runs=runs, seed=seed)
-            command = f"python {command} --seed {seed} --out {out}"
-            found.append(Run(run.row, command, run.needs, seed, out))
-    return found
+def needs(run: Run) -> set[tuple[str, int]]:
+    """The runs whose checkpoints it takes."""
+    return {(row, run.seed) for row, _, _ in TAKEN.findall(run.command)}
 
 
 def outstanding(runs: list[Run], done: set[tuple[str, int]]) -> list[Run]:
-    """Runs without a line, and what these need: its directory may be gone, its command resumes."""
-    chosen, needed = [], set()
-    for run in reversed(runs):
-        if (run.row, run.seed) not in done or (run.row, run.seed) in needed:
-            chosen.append(run)
-            needed.add((run.needs, run.seed))
-    return chosen[::-1]
+    """Runs without a line, each after what it needs, whose directory may be gone: its command
+    resumes or starts over."""
+    chosen = {}
+
+    def choose(run: Run) -> None:
+        for row, seed in sorted(needs(run)):
+            choose(with_seed(ROWS[row], seed))
+        chosen.setdefault((run.row, run.seed), run)
+
+    for run in runs:
+        if (run.row, run.seed) not in done:
+            choose(run)
+    return list(chosen.values())
+
+
+def taken(row: str, sign: str, value: str, seed: int) -> tuple[int, float | None]:
+    """The step of a checkpoint that a command names, and its accuracy on part B if that chose it.
+
+    Raises:
+        LookupError: there is none.
+    """
+    if sign == "@":
+        return int(value), None
+    for line in evaluations(ROOT / f"{RUNS}/{row}-{seed}"):
+        if line["step"] and line["eval/accuracy_b"] > float(value):
+            return line["step"], line["eval/accuracy_b"]
+    raise LookupError(f"{row}: part B never above {value}")
 
 
 def measured(out: Path) -> dict:
@@ -121,53 +102,119 @@ def measured(out: Path) -> dict:
     tens = [(ten[-1]["step"], [line["entropy"] for line in ten]) for ten in batched(steps, 10)]
     guided = [line.get("npo/guide_frac", 0) for line in steps]
     ratios = [line["npo/guide_ratio_max"] for line in steps if "npo/guide_ratio_max" in line]
-    evals = [line for line in kept if "eval/accuracy" in line]
+    evals = [
+        [line["step"], round(line["eval/accuracy"], 5), line["sampled_tokens"]]
+        + [round(line[key], 7) for key in ("eval/accuracy_b",) if key in line]
+        for line in kept
+        if "eval/accuracy" in line
+    ]
     return {
         "updates": sum("loss" in line for line in lines),  # with the undone ones
-        "evals": [[e["step"], round(e["eval/accuracy"], 5), e["sampled_tokens"]] for e in evals],
+        "evals": evals,
         "entropy": [[step, round(statistics.fmean(values), 5)] for step, values in tens],
         "npo/guide_frac": round(statistics.fmean(guided), 4),
         "npo/guide_ratio_max": max(ratios, default=None),
     }
 
 
+def moved(out: Path) -> dict:
+    """||theta(t + D) - theta(t)|| over all weights: [t, D, norm] from the base's first checkpoints
+    on."""
+    found, steps = [], range(20, 201, 20)
+    weights = {s: load_file(checkpoint_path(out, s) / "model.safetensors") for s in steps}
+    for start in (20, 60, 100):
+        for step in (step for step in steps if step > start):
+            gaps = [(weights[step][name] - weights[start][name]).norm() for name in weights[start]]
+            norm = sum(gap.item() ** 2 for gap in gaps) ** 0.5
+            found.append([start, step - start, round(norm, 5)])
+    return {"moved": found}
+
+
+def lucky(out: Path) -> dict:
+    """The verified answers of a guide cache, and how many of them have a wrong working."""
+    from experiments.lucky import count
+    from npo import NPOConfig
+
+    config = NPOConfig(model="cards_lax", out=str(out))
+    return count(load_guide_cache(out / "guide.jsonl", config), config)
+
+
+def dynamics(out: Path) -> dict:
+    """What AutoNPO is said to change: training reward and entropy of every step, the undone ones
+    of before a rollback included, and its decisions."""
+    lines = read_jsonl(out / "metrics.jsonl")
+    keys = "step", "rollbacks", "reward", "entropy"
+    steps = [[round(line.get(key, 0), 5) for key in keys] for line in lines if "loss" in line]
+    decisions = [
+        {"step": line["autonpo/step"], "distance": line["autonpo/distance"]}
+        for line in lines
+        if "autonpo/decision" in line
+    ]
+    return {"steps": steps, "decisions": decisions}
+
+
+FURTHER = {"cards/grpo": moved, "autonpo": dynamics} | {
+    f"lax/{name}": lucky for name in ("40", "160", "40-no-is", "160-no-is")
+}
+
+
 def make(run: Run, measured=measured) -> dict | None:
     """Runs a command to its end: its result line, or None, with the end of its log printed."""
-    out, log = ROOT / run.out, ROOT / f"{run.out}.log"
+    line = {"row": run.row, "seed": run.seed, "commit": commit(), "base": base_model(run)}
+    try:
+        found = {words: taken(*words, run.seed) for words in TAKEN.findall(run.command)}
+    except LookupError as error:
+        say(run, f"left out: {error}")
+        return line | {"left_out": str(error)}
+
+    def path(match: re.Match) -> str:
+        step, _ = found[match.groups()]
+        return f"{RUNS}/{match[1]}-{run.seed}/checkpoints/step_{step:06d}"
+
+    command, started = TAKEN.sub(path, run.command), time.monotonic()
+    for steps in run.steps or ("",):
+        words = command.replace("{steps}", str(steps))
+        if not ended_well(run, words):
+            return None
+        if steps and evaluations(ROOT / run.out)[-1]["eval/accuracy_b"] > float(LEVELS[-1]):
+            break
+    line |= {"command": f"OMP_NUM_THREADS=1 {words}"}
+    line |= {"seconds": round(time.monotonic() - started, 1)} | measured(ROOT / run.out)
+    for _, accuracy in found.values():
+        line |= {"guide_b": round(accuracy, 5)} if accuracy is not None else {}
+    further = FURTHER.get(run.row) or FURTHER.get(run.row.split("/")[0])
+    line |= further(ROOT / run.out) if further else {}
+    say(run, f"accuracy {line['evals'][-1][1]:.3f}, {line['seconds']:.0f} s")
+    return line
+
+
+def ended_well(run: Run, command: str) -> bool:
+    log = ROOT / f"{run.out}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, *shlex.split(run.command)[1:]]
+    words = [sys.executable, *shlex.split(command)[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more threads would round differently
-    started = time.monotonic()
-    with open(log, "w") as file:
+    with open(log, "a") as file:
         ended = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=file)
     if ended.returncode:
         tail = "\n  ".join(log.read_text().strip().splitlines()[-6:])
         say(run, f"FAILED with exit code {ended.returncode}, see {log}\n  {tail}")
-        return None
-    line = {
-        "row": run.row,
-        "seed": run.seed,
-        "commit": commit(),
-        "base": base_model(),
-        "command": f"OMP_NUM_THREADS=1 {run.command}",
-        "seconds": round(time.monotonic() - started, 1),
-    } | measured(out)
-    say(run, f"accuracy {line['evals'][-1][1]:.3f}, {line['seconds']:.0f} s")
-    return line
+    return not ended.returncode
 
 
 def make_all(runs: list[Run], results: Path, jobs: int, measured=measured) -> list[Run]:
     """Makes what is outstanding, `jobs` runs at a time. Returns those that failed or had to wait
     for one that did."""
     done = {(line["row"], line["seed"]) for line in read_jsonl(results)}
+    wanted = {(run.row, run.seed) for run in runs}
     chosen, futures, lock = outstanding(runs, done), {}, threading.Lock()
 
     def work(run: Run) -> bool:
-        if run.needs and not futures[run.needs, run.seed].result():
-            say(run, f"skipped, since {run.needs} failed")
-            return False
+        for need in sorted(needs(run)):
+            if not futures[need].result():
+                say(run, f"skipped, since {need[0]} failed")
+                return False
         line = make(run, measured)
-        if line and (run.row, run.seed) not in done:
+        if line and (run.row, run.seed) in wanted - done:
             with lock, open(results, "a") as file:
                 file.write(json.dumps(line) + "\n")
         return line is not None
@@ -187,38 +234,50 @@ def say(run: Run, text: str) -> None:
 
 
 def commit() -> str:
-    words = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The checkout's; "-dirty" if a file has changed since, other than the result lines."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+
+    changed = git("diff", "HEAD", "--name-only", "--", ".", ":!experiments/*.jsonl")
+    return git("rev-parse", "--short", "HEAD").strip() + ("-dirty" if changed else "")
 
 
-def base_model() -> str:
-    """Which tiny base the runs start from: the first 12 digits of its weights' SHA-256."""
-    weights = ROOT / "worlds" / "cards_base" / "model.safetensors"
+def base_model(run: Run) -> str:
+    """Which tiny base a run starts from: the first 12 digits of its weights' SHA-256."""
+    world = re.search(r"--model (\w+)", run.command)
+    weights = ROOT / "worlds" / BASES[world[1] if world else "cards"] / "model.safetensors"
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
 
 
 def main() -> None:
-    rows = [f"  {name}: {', '.join(run.row for run in GROUPS[name][1])}" for name in GROUPS]
+    shown = [
+        f"  {name}, seeds {seeds[0]} to {seeds[-1]}, {file}.jsonl: "
+        f"{', '.join(run.row.split('/')[1] for run in rows)}"
+        for name, (rows, seeds, file) in GROUPS.items()
+    ]
     parser = argparse.ArgumentParser(
         prog="python -m experiments.runs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
-        epilog="\n".join(["groups:", *rows]),
+        epilog="\n".join(["groups:", *shown]),
     )
     parser.add_argument("group", choices=GROUPS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows of the group [all]")
+    parser.add_argument("--seeds", type=int, nargs="+", help="[the group's reported ones]")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [2]")
     args = parser.parse_args()
-    results = HERE / f"{GROUPS[args.group][0]}.jsonl"
-    lines = read_jsonl(results)
-    if any(line["base"] != base_model() for line in lines):
+    rows, seeds, file = GROUPS[args.group]
+    chosen = [run for run in rows if not args.rows or run.row.split("/")[1] in args.rows]
+    runs, results = planned(chosen, args.seeds or seeds), HERE / f"{file}.jsonl"
+    lines, bases = read_jsonl(results), {base_model(run) for run in ROWS.values()}
+    if any(line["base"] not in bases for line in lines):
         parser.error(
             f"{results.name} holds runs that started from another base; remove it first (the "
             "commits keep it), so that no table mixes two worlds"
         )
     # Without the half line that a kill may have left
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    runs = planned(args.group, args.seeds)
     if failed := make_all(runs, results, args.jobs):
         sys.exit("not made: " + ", ".join(f"{run.row} {run.seed}" for run in failed))
 

@@ -1,0 +1,135 @@
+"""The runs of docs/protocol.md: groups, rows, their commands and seeds.
+
+A row's name is "group/name", and its directory experiments/runs/group/name-SEED. A command may
+take a checkpoint of the same seed's run of another row: {cards/grpo@40} is that of step 40,
+{plateau/sibling>.36} the first with an exact accuracy on the staircase's part B above .36.
+"""
+
+from dataclasses import dataclass
+
+SCOUT, WINDOW, LONG = 40, 60, 200  # cards: guided steps; steps of a row; steps of plain GRPO
+PLATEAU, AFTER = 60, 40  # staircase: steps to the start; steps of every arm from there
+LEVELS = ".01", ".16", ".36", ".90"  # exact B of the guides; a borrow's q is its square root
+RIVALS = 100  # steps of the rivals
+
+
+@dataclass(frozen=True)
+class Run:
+    row: str
+    command: str
+    shift: int = 0  # added to the seed: a sibling's
+    steps: tuple[int, ...] = ()  # {steps} in the command, in turn, until B is above the last level
+    seed: int = 0
+    out: str = ""  # run directory, relative to the repository's root
+
+
+# The staircase: does a guide break a plateau, and is a near one better than a far one?
+STAIRS = f"--model staircase --steps {PLATEAU + AFTER} --eval-every 5"
+ON = f"{STAIRS} --start {{plateau/start@{PLATEAU}}}"
+GUIDED = f"npo.py {ON} --guided-until {PLATEAU + AFTER} --guide"
+SIBLING = "grpo.py --model staircase --borrow-rate 0.01 --eval-every 2 --save-every 2"
+LOW, LOWER, NEAR, FAR = (f"{{plateau/sibling>{level}}}" for level in LEVELS)
+PLATEAUS = [
+    Run("plateau/start", f"grpo.py --model staircase --steps {PLATEAU} --eval-every 10"),
+    Run("plateau/sibling", f"{SIBLING} --steps {{steps}}", 20, (100, 140, 180, 220, 260, 300)),
+    Run("plateau/near", f"{GUIDED} {NEAR}"),
+    Run("plateau/far", f"{GUIDED} {FAR}"),
+    Run("plateau/self", f"{GUIDED} self"),
+    Run("plateau/grpo", f"grpo.py {ON}"),
+    Run("plateau/near-no-is", f"{GUIDED} {NEAR} --no-is-correction"),
+    Run("plateau/far-no-is", f"{GUIDED} {FAR} --no-is-correction"),
+    Run("plateau/grpo-16", f"grpo.py {ON} --group-size 16"),
+    Run("plateau/low", f"{GUIDED} {LOW}"),
+    Run("plateau/lower", f"{GUIDED} {LOWER}"),
+]
+
+# A run's own future, early and late. GRPO goes on, for as many tokens as the others sample
+OWN = "npo.py --model staircase --borrow-rate 0.008 --eval-every 5"
+FROM = f"--start {{future/grpo@{PLATEAU}}} --steps {PLATEAU + AFTER} --guide"
+FUTURES = [
+    Run("future/grpo", f"grpo.{OWN.removeprefix('npo.')} --steps 300"),
+    *(Run(f"future/early-{d}", f"{OWN} --steps 100 --guide {{future/grpo@{d}}}") for d in (40, 80)),
+    Run("future/early-160", f"{OWN} --steps 100 --guide {{future/grpo@160}}"),
+    *(Run(f"future/late-{step}", f"{OWN} {FROM} {{future/grpo@{step}}}") for step in (80, 120)),
+    Run("future/late-160", f"{OWN} {FROM} {{future/grpo@160}}"),
+    Run("future/late-160-no-is", f"{OWN} {FROM} {{future/grpo@160}} --no-is-correction"),
+]
+
+# The counter-example: one decisive token
+ONE = [
+    Run(
+        run.row.replace("plateau", "one"),
+        run.command.replace("plateau/", "one/").replace("staircase", "staircase --borrows 1"),
+        run.shift,
+        run.steps,
+    )
+    for run in PLATEAUS
+    if run.row.split("/")[1] in ("start", "sibling", "near", "far", "self", "grpo", "near-no-is")
+]
+
+# The cards: every guide guides the same steps, and GRPO goes on as scout and for equal tokens
+CARDS = f"npo.py --steps {WINDOW} --guided-until {SCOUT} --guide"
+THEN = f"npo.py --steps {RIVALS} --guided-until {RIVALS} --guide"
+CARD_ROWS = [
+    Run("cards/grpo", f"grpo.py --steps {LONG} --save-every 10"),
+    Run("cards/40", f"{CARDS} {{cards/grpo@40}}"),
+    Run("cards/self", f"{CARDS} self"),
+    Run("cards/grpo-16", f"grpo.py --steps {WINDOW} --group-size 16"),
+    Run("cards/160", f"{CARDS} {{cards/grpo@160}}"),
+    Run("cards/20", f"{CARDS} {{cards/grpo@20}}"),
+    Run("cards/80", f"{CARDS} {{cards/grpo@80}}"),
+    Run("cards/10", f"{CARDS} {{cards/grpo@10}}"),
+    Run("cards/40-no-is", f"{CARDS} {{cards/grpo@40}} --no-is-correction"),
+    Run("cards/160-no-is", f"{CARDS} {{cards/grpo@160}} --no-is-correction"),
+    Run("cards/teacher", f"{CARDS} worlds/cards_teacher"),
+    Run("cards/40-slots-2", f"{CARDS} {{cards/grpo@40}} --slots 2"),
+    Run("cards/40-slots-4", f"{CARDS} {{cards/grpo@40}} --slots 4"),
+]
+LAX = f"{CARDS} {{lax/grpo@"
+LAXES = [
+    Run("lax/grpo", "grpo.py --model cards_lax --steps 160"),
+    *(
+        Run(f"lax/{step}{name}", f"{LAX}{step}}} --model cards_lax{flag}")
+        for step in (40, 160)
+        for name, flag in (("", ""), ("-no-is", " --no-is-correction"))
+    ),
+]
+
+# The rivals, and where the source of an answer and the trigger part
+RIVAL_ROWS = [
+    Run("rivals/luffy", f"-m commands.luffy --steps {RIVALS}"),
+    Run("rivals/exgrpo", f"-m commands.exgrpo --steps {RIVALS}"),
+    Run(
+        "rivals/rlep",
+        f"-m commands.rlep --steps {RIVALS} --guide-samples 8 --guide {{cards/grpo@160}}",
+    ),
+    Run("rivals/future", f"{THEN} {{cards/grpo@40}}"),
+    Run("rivals/future-failed", f"{THEN} {{cards/grpo@40}} --gate 0"),
+    Run("rivals/past-failed", f"{THEN} {{cards/grpo@20}} --gate 0"),
+    Run("rivals/teacher-failed", f"{THEN} worlds/cards_teacher --gate 0"),
+    Run("rivals/teacher", f"{THEN} worlds/cards_teacher"),
+]
+
+# AutoNPO; a fixed distance, once; and going on
+FIXED = "--save-every 40 --max-distance 40 --cooldown 1000"
+AUTO = [
+    Run(f"autonpo/{world}-{name}", f"{command} --model {world} --eval-every 10")
+    for world in ("cards", "staircase")
+    for name, command in (
+        ("auto", "autonpo.py --steps 200"),
+        ("fixed", f"autonpo.py --steps 200 {FIXED}"),
+        ("grpo", "grpo.py --steps 400"),
+    )
+]
+
+# Group -> its rows, each after those that it needs; the reported seeds; the file of its lines
+GROUPS = {
+    "plateau": (PLATEAUS, range(10, 22), "staircase"),
+    "future": (FUTURES, range(10, 22), "staircase"),
+    "one": (ONE, range(10, 16), "staircase"),
+    "cards": (CARD_ROWS, range(10, 20), "cards"),
+    "rivals": (RIVAL_ROWS, range(10, 16), "cards"),
+    "lax": (LAXES, range(10, 20), "cards"),
+    "autonpo": (AUTO, range(10, 16), "autonpo"),
+}
+ROWS = {run.row: run for rows, _, _ in GROUPS.values() for run in rows}
