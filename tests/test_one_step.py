@@ -1,13 +1,14 @@
 """One step, seen closely: the page is its numbers, which are those of npo.py's and grpo.py's steps."""
 
-import dataclasses
 import json
+import re
 
 import pytest
 from conftest import ROOT, group_of
 
 import grpo
 import npo
+import verifier
 from experiments import one_step
 from plumbing.checkpoints import checkpoint_path
 from plumbing.data import load_prompts
@@ -24,12 +25,9 @@ def test_the_committed_page_and_the_readme_are_those_of_the_committed_numbers():
     assert f"at commit {SLOT['commit']};" in text and "dirty" not in SLOT["commit"]
     shown = (ROOT / "README.md").read_text()
     assert one_step.readme(shown, SLOT) == shown
-    hand = cards.Hand(int(SLOT["question"].split()[2]), tuple(map(int, SLOT_DIGITS(text))))
+    digits = re.search(r"in a row: ([\d, ]+)", text)[1].split(", ")
+    hand = cards.Hand(int(SLOT["question"].split()[2]), tuple(map(int, digits)))
     assert hand.working == SLOT["gold"] == SLOT["guide_boxed"]
-
-
-def SLOT_DIGITS(text: str) -> list[str]:
-    return text.split("in a row: ")[1].split(".")[0].split(", ")
 
 
 def test_a_page_by_hand():
@@ -95,9 +93,16 @@ def test_a_telling_group_by_the_rule():
 
 
 def test_the_three_updates_are_the_steps_that_npo_and_grpo_take(tmp_path, monkeypatch):
-    """Of step 2, so that AdamW has moments; the teacher guides. The run's own weights stay."""
+    """Of step 2, so that AdamW has moments; the teacher guides. The run's own weights stay.
+
+    The reward tells wrong answers apart, so that there is a gradient without the guide, too.
+    """
+    file = tmp_path / "uneven.py"
+    file.write_text("def uneven(prompt, it): return it.accuracy + sum(it.token_ids) % 7 / 100")
+    monkeypatch.setattr(verifier, "reward", verifier.reward)  # put back at the end
     shape = {"prompts_per_step": 2, "group_size": 3, "eval_prompts": 4, "eval_samples": 0}
-    shape |= {"steps": 2, "save_every": 1, "lr": 1e-3, "seed": 5}
+    shape |= {"steps": 2, "save_every": 1, "lr": 1e-3, "seed": 5, "temperature": 1.25}
+    shape["reward"] = f"{file}:uneven"
     teacher = {"guide": str(cards.TEACHER), "guide_samples": 2}
     config, out = npo.NPOConfig(**shape, **teacher), tmp_path / "replay"
     prompts, rule = load_prompts(config)[0], one_step.telling
@@ -123,7 +128,7 @@ def test_the_three_updates_are_the_steps_that_npo_and_grpo_take(tmp_path, monkey
     npo.intervene(npo.NPOConfig(**shape, **cache, start=first), tmp_path / "no_is")
     for name, after in found["after"].items():
         policy = Policy(checkpoint_path(tmp_path / name, 2), "cpu")
-        assert after == one_step.probabilities(policy, mixed[place], 1.0), name
+        assert after == one_step.probabilities(policy, mixed[place], 1.25), name
     assert len({tuple(values) for values in (found["p"], *found["after"].values())}) == 4
-    again = dataclasses.asdict(one_step.replayed(config, out)[3][place].completions[-1])
-    assert again["token_ids"] == answer.token_ids  # resumed
+    again = one_step.replayed(config, out)[2][place].completions  # resumed at step 1
+    assert [c.token_ids for c in again] == [c.token_ids for c in groups[place].completions]
