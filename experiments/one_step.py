@@ -35,8 +35,8 @@ SLOT, PAGE = HERE / "replaced_slot.json", ROOT / "docs" / "one_step.md"
 TEMPLATE = HERE / "one_step_template.md"
 FAR, MOST = 0.05, 4  # a decisive token's p/q differs from 1 by more; how many are shown
 LABELS = {"guide": "with the guide", "own": "without it", "no_is": "with it, without IS"}
-SILENT = "So whatever changes in its column comes from AdamW's moments and weight decay alone."
-OTHERS = "Its column shows what those do to this prompt."
+SILENT = "What changes without it, if anything, comes from AdamW's moments and weight decay alone."
+OTHERS = "What changes without it comes from those groups, and from AdamW's moments."
 
 
 # --------------------------------------------------------------------------------------- the run
@@ -141,7 +141,7 @@ def gradient_left(ratios: list[float], advantage: float, config: NPOConfig) -> l
     given = torch.zeros_like(logprobs), torch.tensor([advantage]), torch.ones_like(logprobs) > 0
     loss, _ = clipped_policy_loss(logprobs, *given, config.clip_low, config.clip_high)
     loss.backward()
-    return (-logprobs.grad[0] * len(ratios) / advantage).tolist()
+    return (logprobs.grad[0].abs() * len(ratios) / abs(advantage)).tolist()
 
 
 def advantages(rewards: list[float]) -> list[float]:
@@ -152,10 +152,10 @@ def slot_rows(slot: dict, mixed: list[float]) -> list[list[str]]:
     """Slot, answer, reward, advantage without and with the guide, whose answer comes last."""
     own = zip(slot["texts"], slot["rewards"], advantages(slot["rewards"]), mixed)
     rows = [
-        [f"{i}", f"`{t}`", f"{r:g}", f"{a:g}", f"{b:+.3f}"] for i, (t, r, a, b) in enumerate(own, 1)
+        [f"{i}", f"`{t}`", f"{r}", f"{a:g}", f"{b:+.3f}"] for i, (t, r, a, b) in enumerate(own, 1)
     ]
     rows[-1][0], rows[-1][-1] = f"{len(rows)}, sampled", "discarded"
-    guide = f"`{slot['guide']}`", f"{slot['guide_reward']:g}", "", f"{mixed[-1]:+.3f}"
+    guide = f"`{slot['guide']}`", f"{slot['guide_reward']}", "", f"{mixed[-1]:+.3f}"
     return [*rows, [f"{len(rows)}, the guide's", *guide]]
 
 
@@ -168,7 +168,7 @@ def page(slot: dict) -> str:
     columns = [p, *(slot["after"][name] for name in LABELS)]
     told, moved = [], []
     for t in chosen:
-        seen = f"`{tokens[t].strip()}` after `{''.join(tokens[:t])[-10:]}`"
+        seen = f"`{tokens[t].strip()}` after `{''.join(tokens[max(0, t - 3) : t]).strip()}`"
         clip = "stopped" if left[t] == 0 else "not stopped"
         told.append(
             [seen, f"{p[t]:.4f}", f"{q[t]:.4f}", f"{ratios[t]:.3f}", clip, f"{left[t]:.1%}"]
@@ -214,7 +214,7 @@ def readme(text: str, slot: dict) -> str:
     own, count = rows[0], len(slot["rewards"])
     short = [f"1 to {count - 1}", "wrong answers in a box", f"{own[2]} each", "", f"{own[4]} each"]
     cells = [[*row[:3], row[4]] for row in (short, *rows[-2:])]
-    shown = f"""One replaced slot of step {slot["step"]}, where
+    shown = f"""One replaced slot of its step {slot["step"]}, where
 all {count} answers are wrong ([seen closely](docs/one_step.md)):
 
 {table("slots | answer | reward | advantage", cells)}

@@ -1,4 +1,4 @@
-"""One step, seen closely: the page is its numbers, which are those of npo.py's and grpo.py's steps."""
+"""One step, seen closely: its numbers are those of steps that npo.py and grpo.py take."""
 
 import json
 import re
@@ -44,15 +44,15 @@ def test_a_page_by_hand():
         "Prompt 4 of step 13",
         "2 cards in a row: 5, 9.",
         "| 2 | `b` | 0.1 | 0 | -0.577 |\n| 3, sampled | `c` | 0.1 | 0 | discarded |\n"
-        "| 3, the guide's | `d` | 1 |  | +1.155 |",
+        "| 3, the guide's | `d` | 1.0 |  | +1.155 |",
         "rewards is 0.4000 and their standard deviation (3 - 1) 0.5196",
-        "are 2 of these 2; the answer has\n2.",  # 8 + 5 and 13 + 9 carry
-        "| `1` after `\\boxed{8 +5= ` | 0.2000 | 0.4000 | 0.500 | not stopped | 50.0% |",
+        "changes: 2 of these 2 tokens, 2 in",  # 8 + 5 and 13 + 9 carry
+        "| `1` after `\\boxed{8 +5=` | 0.2000 | 0.4000 | 0.500 | not stopped | 50.0% |",
         "| 0.6000 | 0.3000 | 2.000 | stopped | 0.0% |",
         "It stops 1 of the 10",
         "| the whole answer | 0.054 | 0.081 | 0.054 | 0.108 |",
         "| 1.00 | 1.50 | 1.00 | 2.00 |",
-        "With the guide 3 of the 8 groups have unequal rewards, and so a gradient; without it\n2. ",
+        "with a gradient: 3 of 8 with the guide,\n2 without it. ",
     ):
         assert said in text, said
     assert one_step.OTHERS in text and one_step.SILENT not in text
@@ -60,7 +60,7 @@ def test_a_page_by_hand():
     assert one_step.SILENT in text and one_step.OTHERS not in text
     row = "| 1 to 2 | wrong answers in a box | 0.1 each | -0.577 each |"
     shown = one_step.readme((ROOT / "README.md").read_text(), slot)
-    assert row in shown and "slot of step 13, where\nall 3 answers" in shown
+    assert row in shown and "slot of its step 13, where\nall 3 answers" in shown
 
 
 def test_the_decisive_tokens_by_hand():
