@@ -1,7 +1,7 @@
 """docs/figures/method.svg: the method in one picture, with the numbers of one really replaced slot.
 
-experiments/tables.py writes it. The slot is experiments/replaced_slot.json, from a run of npo.py;
-advantages, pass-rate and D* are computed here.
+experiments/one_step.py writes it, and the slot, experiments/replaced_slot.json, from a run of
+npo.py; advantages, pass-rate and D* are computed here.
 """
 
 import json

@@ -1,6 +1,6 @@
 """docs/results.md (through results_template.md) and its figures, from the committed lines alone.
 
-    python -m experiments.tables    # docs/results.md, docs/figures/{early,compare,method}.svg
+    python -m experiments.tables    # docs/results.md, docs/figures/{early,compare}.svg
 
 Intervals are 95 %, Student's t over the seeds. Differences are paired: a row minus another row with
 the same seed. "Equal tokens" is GRPO's last evaluation before it had sampled as many tokens as the
@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 import signal_theory
 from experiments import sections
-from experiments.method_figure import method_figure
 from experiments.results import (
     PAPER_SPEED,
     Result,
@@ -363,7 +362,6 @@ def main() -> None:
     (DOCS / "results.md").write_text(results_page())
     draw_early(first)
     draw_comparison(at_steps(compared), compared["grpo"])
-    (DOCS / "figures" / "method.svg").write_text(method_figure())
     with contextlib.redirect_stdout(None):
         draw_law(signal_theory.print_law(), DOCS / "figures" / "law.png")
 
