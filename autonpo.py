@@ -146,7 +146,7 @@ class Monitor:
         if step - self.best_step < config.patience or fallen < config.entropy_drop:
             return None
         gain = f"no gain of {config.min_gain:g} since step {self.best_step}"
-        entropy = f"entropy {self.entropy:.3f}, {fallen:.0%} below step {step - config.patience}'s"
+        entropy = f"entropy {self.entropy:.3f}, {-fallen:+.0%} since step {step - config.patience}"
         return f"reward average {self.reward:.3f}, {gain}; {entropy}"
 
 
