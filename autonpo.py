@@ -75,7 +75,7 @@ class AutoNPOConfig(GuidedConfig):
     max_distance: int = 100  # largest D that is considered; not in our sources
     patience: int = 20  # steps without a gain, then reward stagnates; not in our sources
     min_gain: float | None = None  # of reward [worlds 0.04, else 0.01]; not in our sources
-    entropy_drop: float = 0.1  # share that entropy loses in --patience steps; not in our sources
+    entropy_drop: float = 0.15  # share that entropy loses in --patience steps; not in our sources
     probe_prompts: int = 128  # of the pool, asked to confirm; not in our sources
     probe_samples: int = 4  # answers to each; not in our sources
     confirm_pass_rate: float = 0.2  # of the probe, to confirm the warning; not in our sources
@@ -107,8 +107,8 @@ class MistakePool:
             self.failed_at.pop(row, None)
             if solved <= config.mistake_pass_rate:
                 self.failed_at[row] = step
-        young = {row: self.failed_at[row] for row in self.since(step - config.max_distance)}
-        self.failed_at = dict(list(young.items())[-POOL_SIZE:])
+        young = self.since(step - config.max_distance)[-POOL_SIZE:]
+        self.failed_at = {row: self.failed_at[row] for row in young}
 
     def since(self, step: int) -> list[int]:
         """Rows that failed after `step`."""
@@ -122,8 +122,8 @@ class Monitor:
     seen: int = 0  # steps
     reward: float = 0.0
     entropy: float = 0.0
-    best_reward: float | None = None  # the average at its last gain of `min_gain` ...
-    best_step: int = 0  # ... and when that was
+    best_reward: float = 0.0  # the average at its last gain of `min_gain` ...
+    best_step: int = 0  # ... and when that was; until an average is full, each step gains
     entropies: list[float] = field(default_factory=list)  # its average, the last --patience + 1
     quiet_until: int = 0
 
@@ -133,22 +133,20 @@ class Monitor:
         self.reward += rate * (reward - self.reward)
         self.entropy += rate * (entropy - self.entropy)
         self.entropies = [*self.entropies, self.entropy][-config.patience - 1 :]
-        if self.seen >= EMA_STEPS:
-            best = self.best_reward
-            if best is None or self.reward >= best + config.min_gain:
-                self.best_reward, self.best_step = self.reward, step
+        if self.seen <= EMA_STEPS or self.reward >= self.best_reward + config.min_gain:
+            self.best_reward, self.best_step = self.reward, step
 
     # EXPERIMENT HERE: the trigger.
     def warning(self, step: int, config: AutoNPOConfig) -> str | None:
         """Why there is a warning after this step, in words; None if there is none."""
-        if step <= self.quiet_until or self.best_reward is None:
+        if step <= self.quiet_until or len(self.entropies) <= config.patience:
             return None
         before = self.entropies[0]
         fallen = 1 - self.entropy / before if before > 0 else 0.0
         if step - self.best_step < config.patience or fallen < config.entropy_drop:
             return None
         gain = f"no gain of {config.min_gain:g} since step {self.best_step}"
-        entropy = f"entropy {self.entropy:.3f}, {fallen:.0%} below step {step - config.patience}'s"
+        entropy = f"entropy {self.entropy:.3f}, {-fallen:+.0%} since step {step - config.patience}"
         return f"reward average {self.reward:.3f}, {gain}; {entropy}"
 
 
@@ -174,11 +172,9 @@ class Memory:
         return {"pool": pool, "monitor": monitor, "guided_until": self.cache.until}
 
     def observe(self, step: int, rates: dict[int, float], own: dict, config) -> dict:
-        """Takes in a step; returns what is logged of it.
+        """Takes in a step's {row: pass-rate}; returns what is logged of it.
 
-        Args:
-            rates: the pass-rate of each row that the step asked.
-            own: {"reward", "entropy"}, means over the policy's own answers.
+        `own` has "reward" and "entropy", means over the policy's own answers.
         """
         self.pool.observe(step, rates, config)
         self.monitor.observe(step, own["reward"], own["entropy"], config)
@@ -197,8 +193,8 @@ def cache_path(out: Path, guide_step: int) -> Path:
 def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> int:
     """D* = argmax Q^(D) / V^(D) over the distances in both; of equals the nearest.
 
-    0 means stay: there is no candidate, or nothing is solved at any of them. The log's pull^ is
-    what the theory would have here in place of Q^/V^ (signal_theory.py, the law).
+    0 means stay: there is no candidate, or nothing is solved at any of them. The law of
+    signal_theory.py would have the log's pull^ here, Q^ times the weight that `drift_since` finds.
     """
     both = sorted(quality.keys() & variance.keys())
     signals = {d: signal(quality[d], variance[d]) for d in both}
@@ -217,9 +213,8 @@ def drift_since(groups: list[Group], old: Policy, config: AutoNPOConfig) -> tupl
     rows = [(group.encoded, c) for group in groups for c in group.completions]
     total, smallest = 0.0, []
     for some in batched(rows, config.micro_batch_size):
-        asked = [(encoded, c.token_ids) for encoded, c in some]
-        logprobs, _ = old.logprobs(asked, config.temperature)  # (B, T), 0 in the padding
-        for (_, c), then in zip(some, logprobs.double().tolist()):
+        logprobs, _ = old.logprobs([(e, c.token_ids) for e, c in some], config.temperature)
+        for (_, c), then in zip(some, logprobs.double().tolist()):  # (B, T), padded
             logratios = [a - b for a, b in zip(then, c.behavior_logprobs)]
             total -= sum(logratios)
             smallest += [math.exp(min(logratios))] if c.accuracy else []
@@ -250,20 +245,15 @@ class Decision:
     decision: str = ""  # in words
 
     def __str__(self) -> str:
-        rows = [
-            f"  D {distance:4d}   left out: {prompts} probed prompts, fewer than {MIN_SLICE}\n"
-            for distance, prompts in self.left_out.items()
-        ]
-        rows += [
+        lines = [f"after step {self.step}: warning: {self.reason}"]
+        lines += [f"  probe of {self.probed} mistakes: {self.pass_rate:.2f} solved"]
+        lines += [f"  D {d:4d}   left out: only {n} prompts" for d, n in self.left_out.items()]
+        lines += [
             f"  D {row['distance']:4d}   Q^ {row['quality']:.3f} of {row['prompts']:3d} prompts   "
-            f"V^ {row['variance']:.4f}   S^ {row['signal']:.3f}   pull^ {row['pull']:.3f}\n"
+            f"V^ {row['variance']:.4f}   S^ {row['signal']:.3f}   pull^ {row['pull']:.3f}"
             for row in self.table
         ]
-        return (
-            f"after step {self.step}: warning: {self.reason}\n"
-            f"  probe of {self.probed} mistakes: {self.pass_rate:.2f} solved\n"
-            f"{''.join(rows)}  {self.decision}"
-        )
+        return "\n".join([*lines, f"  {self.decision}"])
 
 
 def decide(run: Run, pool: MistakePool, reason: str, config: AutoNPOConfig) -> Decision:
@@ -277,12 +267,11 @@ def decide(run: Run, pool: MistakePool, reason: str, config: AutoNPOConfig) -> D
         return made
     quality, variance = {}, {}
     for path in tqdm(checkpoints(run.out)[::-1], desc="V^", leave=False, delay=3):
-        distance = run.step - step_of(path)
-        of_slice = [rates[row] for row in pool.since(step_of(path)) if row in rates]
-        regular = step_of(path) % config.save_every == 0  # not the last step before --steps grew
-        regular = regular or step_of(path) == run.start_step
+        back, distance = step_of(path), run.step - step_of(path)
+        regular = back % config.save_every == 0 or back == run.start_step  # not a former last step
         if not regular or not 0 < distance <= config.max_distance:
             continue
+        of_slice = [rates[row] for row in pool.since(back) if row in rates]
         if len(of_slice) < MIN_SLICE:
             made.left_out[distance] = len(of_slice)
             continue
@@ -311,8 +300,7 @@ def intervene(run: Run, memory: Memory, reason: str, config: AutoNPOConfig) -> M
     if made.distance:
         rows, guide = memory.pool.since(step_of(start)), checkpoint_path(run.out, now)
         path = cache_path(run.out, now)
-        sampler, processes = run.sampler, run.processes
-        build_guide_cache(path, config, guide, rows, now, config.slots, sampler, processes)
+        build_guide_cache(path, config, guide, rows, now, config.slots, run.sampler, run.processes)
         cache = load_guide_cache(path, config)
         run.sampled_tokens += cache.sampled_tokens
         answered = f"{len(cache.answers)} of {len(rows)} mistakes"

@@ -20,6 +20,7 @@ from plumbing.command import flag_comments
 from plumbing.guide_cache import GuideCache
 from plumbing.metrics import answer_metrics
 from plumbing.model import Policy
+from plumbing.rollout import Group
 from plumbing.run import Run, current_lineage, evaluations, read_jsonl, rows_of_step
 
 # Everything is a mistake, nothing is progress, any entropy will do: the first look that the
@@ -108,12 +109,25 @@ def test_collapse_and_stagnation_together_trigger(short_averages):
 def test_only_the_last_patience_steps_count(monkeypatch):
     monkeypatch.setattr(autonpo, "EMA_STEPS", 1)  # no averages
     config = AutoNPOConfig(patience=3, min_gain=0.5, entropy_drop=0.2, cooldown=1)
-    entropies = [9.0, 2.0, 1.9, 1.8, 1.61, 1.55, 1.44, 1.4, 1.4, 1.4]
-    # step 4 against 1: .80 (but 9.0 is older at 5); 5: 1.61/2.0 = .195, 6: 1.55/1.9 = .184, 7: .2
+    entropies = [9.0, 2.0, 1.9, 1.8, 1.61, 1.55, 1.43, 1.4, 1.4, 1.4]
+    # Lost in three steps: 80 % at step 4, 19.5 % at 5, 18.4 % at 6, 20.6 % at 7, then less
     assert warnings([(0.3, e) for e in entropies], config) == [4, 7]
     upwards = dataclasses.replace(config, entropy_drop=-0.1)
     rising = [1.0, 1.0, 1.0, 1.0, 1.09, 1.12, 1.12]
-    assert warnings([(0.3, e) for e in rising], upwards) == [4, 5]
+    assert warnings([(0.3, e) for e in rising], upwards) == [4, 5]  # +0, +9 %; then +12 %
+
+
+def test_no_warning_before_the_past_is_known(monkeypatch):
+    """A run that starts at step 40, from a checkpoint."""
+    monkeypatch.setattr(autonpo, "EMA_STEPS", 1)
+    config, monitor = AutoNPOConfig(patience=3, entropy_drop=0.5, min_gain=0.5), Monitor()
+    assert monitor.warning(40, config) is None
+    for step, entropy in ((41, 1.6), (42, 0.4), (43, 0.3)):
+        monitor.observe(step, 0.7, entropy, config)
+        assert monitor.warning(step, config) is None
+    monitor.observe(44, 0.7, 0.4, config)
+    reason = "no gain of 0.5 since step 41; entropy 0.400, -75% since step 41"
+    assert reason in monitor.warning(44, config)
 
 
 @pytest.mark.parametrize(
@@ -145,31 +159,39 @@ def test_the_reason_names_its_numbers(short_averages):
     reason = monitor.warning(130, WATCH)
     assert "reward average 0.600, no gain of 0.03 since step" in reason
     # 0.244 of step 130, 0.334 of step 115: each some 4 steps behind
-    assert "entropy 0.244, 27% below step 115's" in reason
+    assert "entropy 0.244, -27% since step 115" in reason
 
 
-def test_noise_around_a_level_never_triggers():
-    """A thousand runs that jitter as a batch of 8 x 8 does: 0.1 of reward, 15 % of entropy."""
+def warned(trace) -> bool:
+    """By the defaults, at a step with a checkpoint."""
     config = AutoNPOConfig()
-    for seed in range(1000):
+    return any(step % config.save_every == 0 for step in warnings(trace, config))
+
+
+@pytest.mark.parametrize(("jitter", "found"), [(0.1, 0), (0.15, 1), (0.2, 36), (0.4, 282)])
+def test_false_triggers_on_noise_around_a_level(jitter, found):
+    """300 runs of 300 steps: reward jitters by 0.1, entropy by a share of itself. docs/metrics.md
+    says how much it is in the worlds."""
+    runs = 0
+    for seed in range(300):
         noise = random.Random(seed)
-        trace = [(noise.gauss(0.5, 0.1), noise.gauss(0.1, 0.015)) for _ in range(300)]
-        assert not warnings(trace, config), seed
+        runs += warned((noise.gauss(0.5, 0.1), noise.gauss(0.1, 0.1 * jitter)) for _ in range(300))
+    assert runs == found
 
 
-@pytest.mark.parametrize(("step_size", "triggered"), [(0.005, 0), (0.01, 9), (0.02, 146)])
-def test_false_triggers_on_a_thousand_random_walks(step_size, triggered):
-    """Neither driftless walk knows of the other. One that has lost 30 % by chance does look like
-    a collapse: the rate is measured."""
-    found, config = 0, AutoNPOConfig()
-    for seed in range(1000):
+@pytest.mark.parametrize(("step_size", "found"), [(0.01, 0), (0.02, 24)])
+def test_false_triggers_on_random_walks(step_size, found):
+    """300 runs of 200 steps. Neither driftless walk knows of the other; an entropy that has lost
+    15 % in 20 steps by chance does look like a decline."""
+    runs = 0
+    for seed in range(300):
         noise, reward, entropy, walk = random.Random(seed), 0.5, 0.1, []
         for _ in range(200):
             reward += noise.gauss(0, step_size)
             entropy *= math.exp(noise.gauss(0, step_size))
             walk.append((reward, entropy))
-        found += bool(warnings(walk, config))
-    assert found == triggered
+        runs += warned(walk)
+    assert runs == found
 
 
 # ------------------------------------------------------------------------------- how far back
@@ -302,6 +324,9 @@ def test_what_a_decision_measures(handmade, monkeypatch):
         weight = autonpo.drift_since(list(groups.values()), old, run.config)[1]
         assert row["pull"] == pytest.approx(row["quality"] * weight) and 0 < weight < 1
     assert decision.left_out == {}
+    alone = dataclasses.replace(run.config, kl_scale=1.0)  # V^ = exp(KL)
+    plain = [row["variance"] for row in autonpo.decide(run, memory.pool, "", alone).table]
+    assert [v**2.5 for v in plain] == pytest.approx([row["variance"] for row in decision.table])
     monkeypatch.setattr(autonpo, "drift_since", lambda *_: (0.0, 1.0))
     near = dataclasses.replace(run.config, max_distance=2)
     assert [row["distance"] for row in autonpo.decide(run, memory.pool, "", near).table] == [2]
@@ -359,7 +384,7 @@ def test_a_decision_on_the_terminal():
     made = autonpo.Decision(40, "flat", 12, 0.375, [row], {10: 5}, 20, "back to step 20")
     assert str(made) == (
         "after step 40: warning: flat\n  probe of 12 mistakes: 0.38 solved\n"
-        "  D   10   left out: 5 probed prompts, fewer than 8\n"
+        "  D   10   left out: only 5 prompts\n"
         "  D   20   Q^ 0.250 of   9 prompts   V^ 1.5000   S^ 0.167   pull^ 0.125\n"
         "  back to step 20"
     )
@@ -666,6 +691,6 @@ def test_bad_flags(flags, message):
 def test_every_flag_of_the_trigger_says_who_chose_it():
     found = flag_comments(AutoNPOConfig)
     trigger = {name: text for name, (heading, text) in found.items() if heading == "trigger"}
-    assert len(trigger) == 9
+    assert len(trigger) == 10
     assert all(text.endswith("not in our sources") for text in trigger.values())
     assert not {"intervention", "scout_steps", "guide"} & found.keys()  # flags without an effect

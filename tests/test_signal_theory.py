@@ -18,8 +18,8 @@ from plumbing.figures import draw_law, draw_theory
 THETA = numpy.log([[1.0, 1.0], [1.0, 2.0], [1.0, 1.0]])
 DRIFT = numpy.log([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0]])
 MEASURED = [
-    {"distance": 10, "prompts": 9, "quality": 0.25, "variance": 1.25, "signal": 0.2},
-    {"distance": 20, "prompts": 12, "quality": 0.0, "variance": 1.5, "signal": 0.0},
+    {"distance": 10, "prompts": 9, "quality": 0.25, "variance": 1.25, "signal": 0.2, "pull": 0.1},
+    {"distance": 20, "prompts": 12, "quality": 0.0, "variance": 1.5, "signal": 0.0, "pull": 0.0},
 ]
 
 

@@ -43,7 +43,7 @@ FLAGS = {
     "save_steps": 2,
 }
 EARLY = {"intervention": "early", "scout_steps": 3, "max_steps": 4}
-# Everything is a mistake, nothing is progress, any entropy has fallen: see tests/test_autonpo.py
+# Everything is a mistake, nothing is progress, any entropy will do: see tests/test_autonpo.py
 AUTO = {
     "auto": True,
     "max_steps": 8,
