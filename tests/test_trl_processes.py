@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,24 @@ LAUNCHER = """-m accelerate.commands.launch --config_file experiments/accelerate
 
 
 def launch(script: Path, count: int, *words, check: bool = True, **environment) -> str:
-    """Runs a script on so many processes. Returns what it printed."""
+    """Runs a script on so many processes. Returns what it printed.
+
+    To a file, not to a pipe: a process that outlives a kill of its launcher would keep a pipe open.
+    """
     line = [sys.executable]
     if count > 1:
         line += LAUNCHER.split()
         line.append(str(count))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
     line += [str(script), *map(str, words)]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT)
+    with tempfile.TemporaryFile("w+") as told:
+        streams = {"stdout": told, "stderr": told, "stdin": subprocess.DEVNULL}
+        done = subprocess.run(line, env=environment, cwd=ROOT, **streams)
+        told.seek(0)
+        told = told.read()
     if check is not None:
-        assert (done.returncode == 0) == check, done.stderr[-3000:]
-    return done.stdout + done.stderr
+        assert (done.returncode == 0) == check, told[-3000:]
+    return told
 
 
 # ------------------------------------------------------------- one batch: loss and gradient, fp64
