@@ -27,11 +27,11 @@ class Run:
 STAIRS = f"--model staircase --steps {PLATEAU + AFTER} --eval-every 5"
 ON = f"{STAIRS} --start {{plateau/start@{PLATEAU}}}"
 GUIDED = f"npo.py {ON} --guided-until {PLATEAU + AFTER} --guide"
-SIBLING = "grpo.py --model staircase --borrow-rate 0.01 --eval-every 2 --save-every 2"
+SIBLING = "grpo.py --model staircase --borrow-rate 0.05 --eval-every 2 --save-every 2"
 LOW, LOWER, NEAR, FAR = (f"{{plateau/sibling>{level}}}" for level in LEVELS)
 PLATEAUS = [
     Run("plateau/start", f"grpo.py --model staircase --steps {PLATEAU} --eval-every 10"),
-    Run("plateau/sibling", f"{SIBLING} --steps {{steps}}", 20, (100, 140, 180, 220, 260, 300)),
+    Run("plateau/sibling", f"{SIBLING} --steps {{steps}}", 20, (60, 90, 120, 150, 200, 250, 300)),
     Run("plateau/near", f"{GUIDED} {NEAR}"),
     Run("plateau/far", f"{GUIDED} {FAR}"),
     Run("plateau/self", f"{GUIDED} self"),
