@@ -39,7 +39,7 @@ from tqdm import tqdm
 import grpo
 import verifier
 from experiments import runs
-from experiments.results import interval
+from experiments.student import interval
 from npo import NPOConfig, replace_slot
 from plumbing.checkpoints import checkpoint_path
 from plumbing.data import load_prompts
