@@ -1,5 +1,5 @@
-"""What the numbers say: the primary claims of docs/protocol.md, the paper's claims, when to use NPO
-and README's rows. Each sentence is chosen by the numbers that it quotes."""
+"""The primary claims of docs/protocol.md, the paper's claims, and README's rows, each with what was
+measured and its verdict."""
 
 import statistics
 
@@ -8,22 +8,17 @@ from experiments.groups import (
     END,
     MISSING,
     at_equal_tokens,
-    lucky_shares,
     mean,
     minus,
     ratio,
     same,
-    spent,
     stuck,
     table,
-    thousands,
 )
-from experiments.lucky import RESULTS as LUCKY
 from experiments.plan import AFTER, RIVALS, SCOUT, WINDOW
 from experiments.results import Runs, speed_ups
 from experiments.student import bounds, detectable, geometric, holm, p_value, sameness, sign_flip
 from experiments.student import verdict as of_interval
-from plumbing.files import read_jsonl
 
 PAPER_SPEED = 2.1
 
@@ -77,6 +72,12 @@ def primary_table(runs: Runs) -> str:
         rows.append([*cells, corrected_verdict(differences, p)])
     header = "claim | measure | seeds | difference | p | Holm | sign flip | detectable | verdict"
     return table(header, rows)
+
+
+def at_equal(runs: Runs, row: str) -> tuple[list[float], str]:
+    """Differences to the group's GRPO at equal tokens, and a note of those that ended before."""
+    differences, _, ended = at_equal_tokens(runs, row, row.split("/")[0] + "/grpo")
+    return differences, f" ({ended} of GRPO's ended before)" if ended else ""
 
 
 # ---- The paper's claims --------------------------------------------------------------------------
@@ -142,12 +143,12 @@ def paper(runs: Runs) -> str:
         what = f"GRPO's steps to its accuracy at {SCOUT} over NPO's, {name}: {ratio(speeds)}"
         rows.append([f"early is about {PAPER_SPEED}x faster", what, speed_verdict(speeds)])
     add("early is ahead of GRPO", f"cards, step {WINDOW}", cards("40", "grpo"))
-    equal = at_equal_tokens(runs, "cards/40", "cards/grpo")[0]
-    add("the same, at equal tokens", "cards", equal)
+    equal, note = at_equal(runs, "cards/40")
+    add("the same", f"cards, equal tokens{note}", equal)
     late = "future/late-160"
     add("a late replay breaks a plateau", "B", runs.minus(late, "future/grpo", END))
-    equal = at_equal_tokens(runs, late, "future/grpo")[0]
-    add("the same, at equal tokens", "B", equal)
+    equal, note = at_equal(runs, late)
+    add("the same", f"B, equal tokens{note}", equal)
     untested("early + late ends above early", "no row has both")
     without = runs.minus(f"{late}-no-is", late, END)
     rows.append(["late, IS barely matters", f"without minus with: {same(without)}"])
@@ -204,163 +205,6 @@ def paper(runs: Runs) -> str:
     return table("claim of the paper | measured here | verdict", rows)
 
 
-# ---- When to use it ------------------------------------------------------------------------------
-
-
-def pick(differences: list[float], above: str, open_ended: str, below: str) -> str:
-    """The sentence that fits: above 0, undecided, below 0."""
-    said = {"holds": above, "undecided": open_ended, "not confirmed": below}
-    return said.get(of_interval(differences), "not measured yet")
-
-
-def in_short(runs: Runs) -> str:
-    """Three sentences."""
-    (_, first, _), *_, (_, fourth, _) = primary(runs).values()
-    equal = at_equal_tokens(runs, "cards/40", "cards/grpo")[0]
-    sentences = [
-        pick(
-            first,
-            "**NPO pays where the policy is stuck**: a right answer needs two or more tokens that "
-            "it almost never says, so that neither more steps nor asking it again finds one, and "
-            "there is a guide that has just learnt them",
-            "**Where a policy is stuck**, a guide is not clearly better than asking the policy "
-            "again",
-            "**Where a policy is stuck**, asking it again is better than a guide",
-        )
-        + told("near guide minus asking again, staircase", first),
-        pick(
-            fourth,
-            "**Where right answers come now and then**, it is ahead of asking the policy itself "
-            "again at equal steps, which needs no guide",
-            "**Where right answers come now and then, ask the policy itself again** "
-            "(`--guide self`): a future is not clearly worth more",
-            "**Where right answers come now and then, ask the policy itself again** "
-            "(`--guide self`): that is better than a future",
-        )
-        + told("NPO minus asking again, cards", fourth),
-        pick(
-            equal,
-            "**It saves tokens, too**, with scout and cache counted",
-            "**It does not clearly save tokens**: with scout and cache counted NPO and plain GRPO "
-            "are not apart",
-            "**It saves steps, not tokens**: with scout and cache counted, plain GRPO is ahead, so "
-            "it pays only if a guide is there already, or if plain GRPO would not get through",
-        )
-        + told("NPO minus GRPO at equal tokens, cards", equal),
-    ]
-    kinds = "where a policy is stuck", "where right answers come now and then", "in tokens"
-    return " ".join(
-        f"What NPO brings {kind} is not measured yet." if text.startswith("not") else f"{text}."
-        for kind, text in zip(kinds, sentences)
-    )
-
-
-def told(what: str, differences: list[float]) -> str:
-    if len(differences) < 2:
-        return ""
-    return f" ({what}: {minus(differences)}, {len(differences)} seeds)"
-
-
-def questions(runs: Runs) -> str:
-    """Question, answer, what it rests on; the negative results first."""
-    plateaus, rows = stuck(runs), []
-
-    def ask(question: str, answer: str, *measured: tuple[str, list[float]]) -> None:
-        rows.append([question, answer, "; ".join(f"{name} {minus(d)}" for name, d in measured)])
-
-    def cards(mine: str, theirs: str, step: int = WINDOW) -> list[float]:
-        return runs.minus(f"cards/{mine}", f"cards/{theirs}", step)
-
-    def stairs(mine: str, theirs: str, step: int = END, group: str = "plateau") -> list[float]:
-        return plateaus_or_all[group].minus(f"{group}/{mine}", f"{group}/{theirs}", step)
-
-    plateaus_or_all = {"plateau": plateaus, "one": runs}
-    equal = {
-        "cards": at_equal_tokens(runs, "cards/40", "cards/grpo")[0],
-        "staircase, early": at_equal_tokens(runs, "future/early-160", "future/grpo")[0],
-        "staircase, late": at_equal_tokens(runs, "future/late-160", "future/grpo")[0],
-    }
-    saved = "yes", "not clearly", "no, plain GRPO is ahead"
-    answer = "; ".join(f"{name}: {pick(d, *saved)}" for name, d in equal.items())
-    ask("Does it save tokens, with scout and cache counted?", answer, *equal.items())
-    again, npo = cards("self", "grpo"), cards("40", "self")
-    answer = pick(
-        npo, "nearly: a future is better", "yes, and needs no scout", "yes, and it is better"
-    )
-    both = ("asking again minus GRPO", again), ("NPO minus asking again", npo)
-    ask("Right answers come now and then: is asking again as good?", answer, *both)
-    one = stairs("near", "self", group="one")
-    answer = pick(one, "no, a near guide is better", "yes", "yes, and it is better")
-    gaps = ("near minus asking again", one), ("near minus far", stairs("near", "far", group="one"))
-    ask("A right answer needs one rare token (L = 1): is asking again as good?", answer, *gaps)
-    low = stairs("low", "self")
-    answer = pick(low, "yes, a little", "not clearly", "no, it harms")
-    gap = ("guide of B > .01 minus asking again", low)
-    ask("Does a guide help that has hardly got through itself?", answer, gap)
-    auto = {w: runs.minus(f"autonpo/{w}-auto", f"autonpo/{w}-grpo", STEPS) for w in WORLDS}
-    answers = [f"{w}: {pick(d, 'yes', 'not clearly', 'no, it is behind')}" for w, d in auto.items()]
-    ask("Is AutoNPO ahead of GRPO?", "; ".join(answers), *auto.items())
-    rows.append(["What do lucky answers do?", *lucky(runs)])
-    first = stairs("near", "self")
-    answer = pick(first, "yes, if near", "not clearly", "no")
-    gaps = ("near minus asking again", first), ("minus GRPO", stairs("near", "grpo"))
-    ask("The policy is stuck, two rare tokens (L = 2): does a guide help?", answer, *gaps)
-    gaps = {
-        f"staircase, +{AFTER - 10}": stairs("near", "far", END - 10),
-        "cards, step 20": cards("40", "160", 20),
-        f"cards, step {WINDOW}": cards("40", "160"),
-    }
-    answers = [f"{name}: {pick(d, 'near', 'not apart', 'far')}" for name, d in gaps.items()]
-    ask("Near or far, with IS?", "; ".join(answers), *gaps.items())
-    late = runs.minus("future/late-160-no-is", "future/late-160", END)
-    gaps = {
-        "staircase, near": stairs("near-no-is", "near"),
-        "staircase, late": late,
-        "cards": cards("40-no-is", "40"),
-    }
-    answers = [f"{name}: {pick(d, 'without', sameness(d), 'with')}" for name, d in gaps.items()]
-    ask("With IS or without?", "; ".join(answers), *gaps.items())
-    rows.append(["What does it cost?", *costs(runs)])
-    return table("question | answer | measured: accuracy, differences", rows)
-
-
-def lucky(runs: Runs) -> list[str]:
-    near, far = (lucky_shares(runs, f"lax/{step}") for step in (40, 160))
-    gaps = (runs.minus(f"{world}/40", f"{world}/160", WINDOW) for world in ("lax", "cards"))
-    answer = pick(
-        [a - b for a, b in zip(near, far)],
-        "they sit in a near cache more than in a far one",
-        "they sit in near and far caches alike",
-        "they sit in a far cache more than in a near one",
-    )
-    told = [f"share of the cache, near {mean(near, 2)}, far {mean(far, 2)}"]
-    told += [f"near minus far, {world} {minus(d)}" for world, d in zip(("lax", "strict"), gaps)]
-    return [f"{answer}; check the working before you trust a guide", "; ".join(told)]
-
-
-def lesson(runs: Runs) -> str:
-    """What was in the old caches, and in those of the reruns."""
-    before = next(line for line in read_jsonl(LUCKY) if line["world"] == "cards_lax")
-    answer, measured = lucky(runs)
-    return (
-        f"{before['lucky']} of the {before['verified']} verified answers in the guide cache of "
-        f"seed {before['seed']} were two slips that cancel. Run again, {answer.split(';')[0]}: "
-        f"{measured}."
-    )
-
-
-def costs(runs: Runs) -> list[str]:
-    pairs = runs.together("cards/40", "cards/grpo")
-    if not pairs:
-        return ["not measured yet", ""]
-    plain = [next(e for e in b.evals if e["step"] == WINDOW)["sampled_tokens"] for _, b in pairs]
-    mine = [spent(a, b) for a, b in pairs]
-    ratios = [a / b for a, b in zip(mine, plain)]
-    answer = f"{statistics.fmean(ratios):.1f} times the tokens of as many steps of GRPO"
-    told = f"cards, {WINDOW} steps: NPO {thousands(mine)}k, scout and cache counted; GRPO "
-    return [answer, f"{told}{thousands(plain)}k"]
-
-
 # ---- README --------------------------------------------------------------------------------------
 
 
@@ -374,8 +218,8 @@ def readme(runs: Runs) -> str:
     speeds, counted = (speed_ups(pairs, before)[0] for before in (0, SCOUT))
     told = f"GRPO's steps over NPO's {ratio(speeds)}; with the scout's {ratio(counted)}"
     rows.append([f"early is about {PAPER_SPEED}x faster", told, speed_verdict(speeds)])
-    equal, _, _ = at_equal_tokens(runs, "cards/40", "cards/grpo")
-    told = f"NPO minus GRPO, cards: {mean(equal)}"
+    equal, note = at_equal(runs, "cards/40")
+    told = f"NPO minus GRPO, cards{note}: {mean(equal)}"
     rows.append(["early is ahead at equal tokens", told, of_interval(equal)])
     late = runs.minus("future/late-160-no-is", "future/late-160", END)
     rows.append(["late, IS barely matters", f"without minus with, B: {mean(late)}"])

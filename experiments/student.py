@@ -74,7 +74,7 @@ def geometric(ratios: list[float]) -> tuple[float, float, float]:
 
 def interval(values: list[float], digits: int = 2) -> str:
     low, high = bounds(values)
-    return f"{statistics.fmean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{statistics.fmean(values):z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
 
 
 def verdict(differences: list[float]) -> str:

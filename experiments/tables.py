@@ -12,7 +12,7 @@ import numpy
 from matplotlib.figure import Figure
 
 import signal_theory
-from experiments import claims, dynamics, groups, sections
+from experiments import advice, claims, dynamics, groups, sections
 from experiments.plan import AFTER, PLATEAU, WINDOW
 from experiments.results import Result, Runs, load
 from experiments.runs import HERE, ROOT
@@ -120,8 +120,8 @@ def save(figure: Figure, name: str) -> None:
 def results_page(runs: Runs) -> str:
     """All of docs/results.md."""
     return TEMPLATE.read_text().format(
-        in_short=claims.in_short(runs),
-        questions=claims.questions(runs),
+        in_short=advice.in_short(runs),
+        questions=advice.questions(runs),
         primary=claims.primary_table(runs),
         paper=claims.paper(runs),
         plateau=groups.plateau(runs, "plateau"),
@@ -132,7 +132,7 @@ def results_page(runs: Runs) -> str:
         rivals=groups.rivals(runs, "rivals"),
         lax=groups.lax(runs, "lax"),
         autonpo=dynamics.autonpo(runs, "autonpo"),
-        lesson=claims.lesson(runs),
+        lesson=advice.lesson(runs),
         trl=sections.through_trl(),
         difficulty=sections.difficulties(),
         lucky=sections.lucky_shares(),
