@@ -10,6 +10,8 @@ from experiments.dynamics import STEPS, WORLDS
 from experiments.groups import (
     END,
     MISSING,
+    STUCK,
+    left,
     lucky_shares,
     mean,
     minus,
@@ -21,7 +23,7 @@ from experiments.groups import (
 from experiments.lucky import RESULTS as LUCKY
 from experiments.plan import AFTER, WINDOW
 from experiments.results import Runs
-from experiments.student import sameness
+from experiments.student import BARELY, SAME, sameness
 from experiments.student import verdict as of_interval
 from plumbing.files import read_jsonl
 
@@ -36,8 +38,8 @@ def pick(verdict: str, above: str, open_ended: str, below: str) -> str:
 
 def alike(differences: list[float]) -> str:
     """How little they are, or else the verdict."""
-    found = sameness(differences)
-    return found if found in ("the same", "barely changes") else of_interval(differences)
+    near = {"the same": f"the same, within {SAME}", "barely changes": f"the same, within {BARELY}"}
+    return near.get(sameness(differences), of_interval(differences))
 
 
 def in_short(runs: Runs) -> str:
@@ -46,21 +48,13 @@ def in_short(runs: Runs) -> str:
     first, second, third, fourth = (corrected_verdict(d, p) for _, d, p in claims)
     equal, note = at_equal(runs, "cards/40")
     pays = "a guide is there already"
-    if first == "holds":
+    if freed(runs, "near") or freed(runs, "near-no-is"):
         pays += " or plain GRPO would not get through"
-    learnt = "has just learnt them" if second == "holds" else "has learnt them"
     found = {
-        f"staircase, {after_40(runs)}; near guide minus asking again": (
+        f"out of the plateau: {out_of_plateau(runs)}; near guide minus asking again": (
             claims[0][1],
             "Whether NPO pays where a policy is stuck",
-            pick(
-                first,
-                "**NPO pays where the policy is stuck**, because a right answer needs two or more "
-                f"tokens that it almost never says, and where a guide is at hand that {learnt}",
-                "**Where a policy is stuck**, a guide is not clearly better than asking the policy "
-                "again",
-                "**Where a policy is stuck**, asking it again is better than a guide",
-            ),
+            where_stuck(runs, first),
         ),
         f"NPO minus asking again, cards, step {WINDOW}": (
             claims[3][1],
@@ -97,12 +91,42 @@ def in_short(runs: Runs) -> str:
     )
 
 
-def after_40(runs: Runs) -> str:
-    """Mean B at the end of three arms from the plateau."""
-    names = {"grpo": "GRPO", "self": "asked again", "near": "near guide"}
-    ends = {label: stuck(runs).at(f"plateau/{name}", END) for name, label in names.items()}
-    means = [f"{label} {statistics.fmean(b):.3f}" for label, b in ends.items() if b]
-    return f"B after {AFTER} steps: {', '.join(means)}"
+def freed(runs: Runs, arm: str) -> bool:
+    """Whether most of its runs leave the plateau."""
+    ends = stuck(runs).at(f"plateau/{arm}", END)
+    return bool(ends) and statistics.fmean(b >= STUCK for b in ends) > 0.5
+
+
+def where_stuck(runs: Runs, verdict: str) -> str:
+    """The first sentence. `verdict` is that of near minus asking again, with IS."""
+    if verdict == MISSING:
+        return UNKNOWN
+    why = (
+        "a right answer needs two or more tokens that it almost never says, and a guide knows them"
+    )
+    if freed(runs, "self"):
+        return "**Where a policy is stuck**, asking it again frees it, too"
+    if freed(runs, "near"):
+        return f"**NPO pays where the policy is stuck**: {why}"
+    if freed(runs, "near-no-is"):
+        return (
+            f"**NPO pays where the policy is stuck, but only without IS**: {why}; with IS they "
+            "weigh p/q, next to nothing"
+        )
+    return "**Where a policy is stuck**, " + pick(
+        verdict,
+        "a near guide lifts it more than asking again does, but does not free it",
+        "a guide is not clearly better than asking the policy again",
+        "asking it again is better than a guide",
+    )
+
+
+def out_of_plateau(runs: Runs) -> str:
+    """How many runs of four arms leave it within AFTER steps."""
+    arms = {"grpo": "GRPO", "self": "asked again", "near": "near guide"}
+    arms["near-no-is"] = "near without IS"
+    plateaus = stuck(runs)
+    return ", ".join(f"{label} {left(plateaus, f'plateau/{arm}')}" for arm, label in arms.items())
 
 
 def rarity(runs: Runs, group: str = "plateau") -> str:
@@ -118,9 +142,9 @@ def questions(runs: Runs) -> str:
     """Question, answer, what it rests on; the negative results first."""
     rows, of = [], {"plateau": stuck(runs), "one": runs}
 
-    def ask(question: str, words: tuple, note: str, first: dict, *more, by=of_interval) -> None:
+    def ask(question: str, words: tuple, note: str, first: dict, *more) -> None:
         """The words answer for each of the first differences; the others stand beside them."""
-        answers = [(name, pick(by(d), *words)) for name, d in first.items()]
+        answers = [(name, pick(alike(d), *words)) for name, d in first.items()]
         told = [answer if len(first) == 1 else f"{name}: {answer}" for name, answer in answers]
         shown = [f"{name} {minus(d)}" for name, d in (first | dict(more)).items()]
         rows.append([question, "; ".join(told), "; ".join([note] * bool(note) + shown)])
@@ -170,9 +194,8 @@ def questions(runs: Runs) -> str:
     ask(
         "The policy is stuck, two rare tokens (L = 2): does a guide help?",
         ("yes", "not clearly", "no"),
-        rarity(runs),
-        {"near minus asking again": stairs("near", "self")},
-        ("near minus GRPO", stairs("near", "grpo")),
+        f"{rarity(runs)}; out of the plateau: {out_of_plateau(runs)}; minus asking again",
+        {"with IS": stairs("near", "self"), "without IS": stairs("near-no-is", "self")},
     )
     ask(
         "Near or far, with IS?",
@@ -193,7 +216,6 @@ def questions(runs: Runs) -> str:
             "staircase, late": runs.minus("future/late-160-no-is", "future/late-160", END),
             "cards": cards("40-no-is", "40"),
         },
-        by=alike,
     )
     rows.append(["What does it cost?", *costs(runs)])
     return table("question | answer | measured: accuracy, differences", rows)

@@ -5,9 +5,12 @@ import statistics
 
 from experiments.dynamics import STEPS, WORLDS, around, exponents
 from experiments.groups import (
+    ARMS,
     END,
     MISSING,
+    STUCK,
     at_equal_tokens,
+    left,
     mean,
     minus,
     ratio,
@@ -70,8 +73,13 @@ def primary_table(runs: Runs) -> str:
         else:
             cells += [""] * 4
         rows.append([*cells, corrected_verdict(differences, p)])
+    plateaus = stuck(runs)
+    ends = [f"{label} {left(plateaus, f'plateau/{name}')}" for name, label in ARMS.items()]
     header = "claim | measure | seeds | difference | p | Holm | sign flip | detectable | verdict"
-    return table(header, rows)
+    return f"""{table(header, rows)}
+
+A difference above 0 is no breakthrough yet. Out of the plateau (B of {STUCK} or more) at +{AFTER}:
+{"; ".join(ends)}."""
 
 
 def at_equal(runs: Runs, row: str) -> tuple[list[float], str]:

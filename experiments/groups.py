@@ -58,17 +58,21 @@ def table(header: str, rows: list[list[str]]) -> str:
     return "\n".join([f"| {header} |", "|" + "---|" * len(header.split(" | ")), *lines])
 
 
-def mean(values: list[float], digits: int = 3) -> str:
-    """With its interval, if there are two values."""
+def mean(values: list[float], digits: int | None = None) -> str:
+    """With its interval, if there are two values; 3 digits, or 5 if all are small."""
+    if digits is None:
+        digits = 3 if max(map(abs, values), default=0) > 0.01 else 5
     if len(values) < 2:
         return ", ".join(f"{value:.{digits}f}" for value in values) or MISSING
     return interval(values, digits)
 
 
-def minus(values: list[float], digits: int = 3) -> str:
+def minus(values: list[float]) -> str:
     """Paired differences; where undecided, in brackets what could have been detected."""
-    undecided = verdict(values) == "undecided"
-    return mean(values, digits) + (f" ({detectable(values):.{digits}f})" if undecided else "")
+    if verdict(values) != "undecided":
+        return mean(values)
+    digits = 3 if max(map(abs, values)) > 0.01 else 5
+    return f"{mean(values)} ({detectable(values):.{digits}f})"
 
 
 def same(values: list[float]) -> str:
@@ -76,7 +80,7 @@ def same(values: list[float]) -> str:
     if len(values) < 2:
         return mean(values)
     low, high = bounds(values, 0.90)
-    return f"{mean(values)}, 90 % [{low:.3f}, {high:.3f}]: {sameness(values)}"
+    return f"{mean(values)}, 90 % [{low:z.3f}, {high:z.3f}]: {sameness(values)}"
 
 
 def ratio(values: list[float]) -> str:
@@ -128,6 +132,12 @@ def stuck(runs: Runs, of_plateau: bool = True) -> Runs:
     return runs.only([s for s, run in starts.items() if (run.accuracy < STUCK) == of_plateau])
 
 
+def left(runs: Runs, row: str) -> str:
+    """How many runs have left the plateau by the end."""
+    ends = runs.at(row, END)
+    return f"{sum(b >= STUCK for b in ends)} of {len(ends)}" if ends else MISSING
+
+
 def spent(mine: Result, plain: Result) -> int:
     """All sampled tokens, guide included. A late run's count has those up to its start twice: as
     its own and as its guide's, who came by it."""
@@ -171,13 +181,15 @@ def plateau(runs: Runs, group: str) -> str:
     for row, label in arms.items():
         guides = [run.line["guide_b"] for (run,) in chosen.together(row) if "guide_b" in run.line]
         cells = [label, seeds(chosen, row, len(away)), mean(guides, 2) if guides else ""]
-        cells += [mean(chosen.at(row, step), 4) for step in later]
+        cells += [mean(chosen.at(row, step)) for step in later]
+        cells += [left(chosen, row)] if group == "plateau" else []
         rows.append(cells + against(chosen, row, (f"{group}/self", f"{group}/grpo"), END))
     header = "arm | seeds | guide's B | " + "".join(f"B at +{s - PLATEAU} | " for s in later)
+    header += "out of the plateau | " if group == "plateau" else ""
     header += f"minus D = 0 at +{AFTER} | minus GRPO at +{AFTER}"
     starts = [run.accuracy for (run,) in chosen.together(f"{group}/start")]
     near, far = f"{group}/near", f"{group}/far"
-    said = [f"B at the start: {mean(starts, 4)} ({len(starts)} seeds)."]
+    said = [f"B at the start: {mean(starts)} ({len(starts)} seeds)."]
     for step in later[1:]:
         gap = minus(chosen.minus(near, far, step))
         said.append(f"Near minus far at +{step - PLATEAU}: {gap}.")

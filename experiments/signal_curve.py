@@ -277,7 +277,7 @@ def do(job: Job) -> list[dict]:
 
 
 def main() -> None:
-    lines, base = read_jsonl(RESULTS), runs.base_model()
+    lines, base = read_jsonl(RESULTS), runs.base_model(runs.Run("grpo", "grpo.py"))
     if any(line.get("base", FIRST_BASE) != base for line in lines):
         sys.exit(f"error: {RESULTS} was measured from another base; remove it (it is in git)")
     # Without the half line that a kill may have left

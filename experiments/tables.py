@@ -36,11 +36,12 @@ CARDS = {"grpo": "black", "grpo-16": "C7", "self": "C0", "40": "C1", "160": "C3"
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def curve(axes, runs: list[Result], label: str, color: str, key: str, shift=0) -> None:
+def curve(axes, runs: list[Result], label: str, color: str, key="step", shift=0, log=False) -> None:
     """Mean over seeds with its 95 % interval, and every seed's own curve, thin."""
     unit = 1000 if key == "sampled_tokens" else 1
     where = numpy.array([[line[key] for line in run.evals] for run in runs], float) / unit - shift
     values = numpy.array([[line["eval/accuracy"] for line in run.evals] for run in runs])
+    values = numpy.log10(numpy.maximum(values, 1e-7)) if log else values  # lines have 7 digits
     grid = where.mean(axis=0)
     on_grid = numpy.array([numpy.interp(grid, x, y) for x, y in zip(where, values)])
     band(axes, grid, on_grid, label, color)
@@ -59,16 +60,16 @@ def band(axes, grid, values, label: str, color: str) -> None:
 
 
 def draw_plateau(runs: Runs) -> None:
-    """B from the start on: two borrows (seeds that start in a plateau), and one."""
+    """log10 of B from the start on: two borrows (seeds that start in a plateau), and one."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, group, of in zip(panels, ("plateau", "one"), (groups.stuck(runs), runs)):
         for name, color in ARMS.items():
             if found := [run for (run,) in of.together(f"{group}/{name}")]:
-                curve(axes, found, groups.ARMS[name], color, "step", PLATEAU)
+                curve(axes, found, groups.ARMS[name], color, shift=PLATEAU, log=True)
         title = "two borrows (L = 2)" if group == "plateau" else "one borrow (L = 1)"
-        axes.set(title=title, xlabel="steps from the start", xlim=(0, AFTER), ylim=(0, 1))
-    panels[0].set(ylabel="B: exact accuracy on part B")
+        axes.set(title=title, xlabel="steps from the start", xlim=(0, AFTER))
+    panels[0].set(ylabel="log10 of B, the accuracy on part B", ylim=(-5, 0))
     save(figure, "plateau.svg")
 
 
