@@ -71,7 +71,8 @@ def autonpo(runs: Runs, group: str) -> str:
             rows.append([*cells, *equal_cells(runs, row, plain), "; ".join(fired)])
             for what, measure in enumerate(("reward", "entropy")):
                 tens = around(runs, world, name, what)
-                curves.append([world, label, measure, f"{len(tens[2])}", *map(mean, tens)])
+                cells = [mean(ten) if ten else "" for ten in tens]
+                curves.append([world, label, measure, f"{len(tens[2])}", *cells])
     header = f"world | row | seeds | accuracy at {STEPS} | minus GRPO | minus fixed | {EQUAL} | "
     spans = [f"{at - BEFORE + 1} to {at - BEFORE + 10}" for at in range(0, BEFORE + AFTER, 10)]
     return f"""{table(header + "each run's warnings, rollbacks", rows)}
