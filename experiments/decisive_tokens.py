@@ -4,7 +4,8 @@ In `27 +8= 35` the 3 is decisive: a policy that forgets the carry writes 25. The
 easy. For guides from four steps and policies from five steps of the same GRPO runs this measures
 pi_policy / pi_guide on decisive and on other tokens of the answers that a guide cache keeps.
 
-    python -m experiments.runs early && python -m experiments.decisive_tokens
+    python -m experiments.runs cards --rows grpo --seeds 0 1 2 3 4
+    python -m experiments.decisive_tokens
 
 The second command takes about ten minutes, and writes experiments/decisive_tokens.json.
 """
@@ -16,7 +17,8 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
-from experiments.runs import HERE, ROOT, RUNS, WINDOW
+from experiments.plan import WINDOW
+from experiments.runs import HERE, ROOT, RUNS
 from npo import NPOConfig
 from plumbing.checkpoints import checkpoint_path
 from plumbing.data import load_prompts
@@ -70,7 +72,7 @@ def summary(ratios: list[float]) -> dict:
 
 def answers_of(guide: int, seed: int) -> list[Completion]:
     """The first answers of a guide cache for the prompts of GRPO's steps, made if need be."""
-    config, folder = NPOConfig(seed=seed, device="cpu"), ROOT / RUNS / "early"
+    config, folder = NPOConfig(seed=seed, device="cpu"), ROOT / RUNS / "cards"
     count, path = len(load_prompts(config)[0]), folder / f"decisive-{guide}-{seed}.jsonl"
     rows = [row for step in range(1, WINDOW + 1) for row in rows_of_step(count, step, config)]
     source = checkpoint_path(folder / f"grpo-{seed}", guide)
@@ -84,7 +86,7 @@ def main() -> None:
     config, lines = NPOConfig(device="cpu"), []
     prompts = {prompt.id: prompt for prompt in load_prompts(config)[0]}
     for seed, guide, step in tqdm(list(product(SEEDS, GUIDES, POLICIES)), desc="ratios"):
-        path = checkpoint_path(ROOT / RUNS / "early" / f"grpo-{seed}", step)
+        path = checkpoint_path(ROOT / RUNS / "cards" / f"grpo-{seed}", step)
         policy = Policy(path if step else config.model_path, "cpu")
         found = measure(policy, prompts, answers_of(guide, seed))
         lines.append({"seed": seed, "guide": guide, "policy": step} | found)

@@ -1,27 +1,26 @@
-"""Result lines, and the statistics over seeds that the tables show."""
+"""Result lines of the reported seeds, and what is compared of them."""
 
-import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from experiments.plan import GROUPS, SCOUT, WINDOW
 from experiments.runs import HERE
-from plumbing.metrics import bounds
-from plumbing.run import read_jsonl
-
-PAPER_SPEED = 2.1
+from plumbing.files import read_jsonl
+from plumbing.report import first_reach
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run: its line, its evaluations and its entropy (the mean of every ten steps)."""
+    """A run: its line and its evaluations. On the staircase accuracy is that of part B."""
 
     line: dict
     evals: list[dict]
-    entropy: list[tuple[int, float]]
 
     @classmethod
     def of(cls, line: dict) -> "Result":
-        keys = ("step", "eval/accuracy", "sampled_tokens")
-        return cls(line, [dict(zip(keys, values)) for values in line["evals"]], line["entropy"])
+        keys = "step", "sampled_tokens", "eval/accuracy"
+        return cls(
+            line, [dict(zip(keys, (e[0], e[2], e[-1 if e[3:] else 1]))) for e in line["evals"]]
+        )
 
     @property
     def accuracy(self) -> float:
@@ -31,45 +30,68 @@ class Result:
     def tokens(self) -> int:
         return self.evals[-1]["sampled_tokens"]
 
-    def until(self, step: int) -> "Result":
-        evals = [line for line in self.evals if line["step"] <= step]
-        return replace(
-            self, evals=evals, entropy=[pair for pair in self.entropy if pair[0] <= step]
-        )
+    def at(self, step: int) -> float:
+        """Accuracy at a step that was evaluated."""
+        return next(line["eval/accuracy"] for line in self.evals if line["step"] == step)
+
+    def reach(self, level: float, end: int) -> tuple[float, bool]:
+        """The step at which accuracy first reaches a level, and whether that is cut: `end` if it
+        has not got there by then."""
+        found = first_reach(self.evals, level)
+        return (end, True) if found is None or found > end else (found, False)
 
     def at_tokens(self, tokens: float) -> dict:
         """The last evaluation before this run had sampled more than that."""
         return [line for line in self.evals if line["sampled_tokens"] <= tokens][-1]
 
 
-def results(file: str, rows) -> dict[str, list[Result]]:
-    """Row -> its runs, of the seeds that every one of these rows has."""
-    lines = {(line["row"], line["seed"]): line for line in read_jsonl(HERE / file)}
-    seeds = sorted(set.intersection(*({s for row, s in lines if row == wanted} for wanted in rows)))
-    if len(seeds) < 2:
-        raise SystemExit(f"error: {file} has fewer than two seeds with all of {', '.join(rows)}")
-    return {row: [Result.of(lines[row, seed]) for seed in seeds] for row in rows}
+class Runs:
+    """Row -> seed -> run, and row -> seeds that were left out."""
+
+    def __init__(self, lines: list[dict]):
+        self.lines, self.of, self.left_out = lines, {}, {}
+        for line in lines:
+            if "left_out" in line:
+                self.left_out.setdefault(line["row"], []).append(line["seed"])
+            else:
+                self.of.setdefault(line["row"], {})[line["seed"]] = Result.of(line)
+
+    def only(self, seeds) -> "Runs":
+        return Runs([line for line in self.lines if line["seed"] in seeds])
+
+    def together(self, *rows: str) -> list[tuple[Result, ...]]:
+        """Runs of these rows with the same seed, where all have one; by seed."""
+        found = [self.of.get(row, {}) for row in rows]
+        seeds = sorted(set.intersection(*(set(runs) for runs in found)))
+        return [tuple(runs[seed] for runs in found) for seed in seeds]
+
+    def at(self, row: str, step: int) -> list[float]:
+        """Every seed's accuracy at a step."""
+        return [run.at(step) for (run,) in self.together(row)]
+
+    def minus(self, mine: str, theirs: str, step: int) -> list[float]:
+        """Paired differences of accuracy at a step."""
+        return [a.at(step) - b.at(step) for a, b in self.together(mine, theirs)]
 
 
-def interval(values: list[float], digits: int = 2) -> str:
-    low, high = bounds(values)
-    return f"{statistics.fmean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def load(folder=HERE) -> Runs:
+    """The reported seeds' lines of all groups."""
+    lines = []
+    for rows, seeds, file in GROUPS.values():
+        names = {run.row for run in rows}
+        every = read_jsonl(folder / f"{file}.jsonl")
+        lines += [line for line in every if line["row"] in names and line["seed"] in seeds]
+    return Runs(lines)
 
 
-def paired(mine: list[float], theirs: list[float]) -> list[float]:
-    return [a - b for a, b in zip(mine, theirs)]
-
-
-def verdict(differences: list[float]) -> str:
-    """Of a claim that the paired differences lie above 0."""
-    low, high = bounds(differences)
-    return "holds" if low > 0 else "not confirmed" if high < 0 else "undecided"
-
-
-def speed_verdict(speed_ups: list[float]) -> str:
-    low, high = bounds(speed_ups)
-    if low <= 1:
-        return "slower" if high < 1 else "undecided"
-    if low <= PAPER_SPEED <= high:
-        return f"faster; consistent with {PAPER_SPEED}"
-    return f"faster, but by {'less' if high < PAPER_SPEED else 'more'}"
+def speed_ups(pairs: list[tuple[Result, Result]], before: int = 0) -> tuple[list[float], int]:
+    """Of (run, GRPO's): GRPO's steps to its own accuracy at SCOUT over the run's, with `before`
+    steps added to these; and how many runs were cut at WINDOW."""
+    found, cuts = [], 0
+    for mine, theirs in pairs:
+        level = theirs.at(SCOUT)
+        if level > theirs.at(0):  # else there is nothing to be faster at
+            steps, cut = mine.reach(level, WINDOW)
+            found.append(theirs.reach(level, SCOUT)[0] / (steps + before))
+            cuts += cut
+    return found, cuts

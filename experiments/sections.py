@@ -1,4 +1,4 @@
-"""Sections of docs/results.md on the worlds and on the law, from their committed results."""
+"""Sections of docs/results.md on the worlds, the law, its twin and TRL, from committed results."""
 
 import contextlib
 import io
@@ -6,23 +6,9 @@ import json
 import statistics
 
 import signal_theory
-from experiments import difficulty, lucky, staircase, twin
-from experiments.results import interval, paired
+from experiments import difficulty, lucky, trl_early, twin
+from experiments.groups import table
 from plumbing.run import read_jsonl
-
-STAIRCASE_LABELS = {
-    "grpo": "GRPO",
-    "self": "D = 0: asked again, no guide",
-    "near": "NPO, near guide",
-    "far": "NPO, far guide",
-    "near-no-is": "NPO, near guide, without IS",
-}
-
-
-def table(header: str, rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([f"| {header} |", "|" + "---|" * len(header.split(" | ")), *lines])
 
 
 def difficulties() -> str:
@@ -45,28 +31,6 @@ def lucky_shares() -> str:
         seeds = f"{lines[0]['seed']} to {lines[-1]['seed']}"
         rows.append([world, seeds, each, f"{statistics.fmean(shares):.0%}"])
     return table("world | seeds | lucky answers in each cache | mean share", rows)
-
-
-def staircases() -> str:
-    lines = {(line["row"], line["seed"]): line for line in read_jsonl(staircase.RESULTS)}
-    seeds = sorted({seed for _, seed in lines})
-    ends = {r: [lines[r, seed]["evals_b"][-1][1] for seed in seeds] for r in STAIRCASE_LABELS}
-    rows = []
-    for row, label in STAIRCASE_LABELS.items():
-        q = "; ".join(f"{lines[row, s]['q']:.2f}" for s in seeds if "q" in lines[row, s])
-        middle = [lines[row, seed]["evals_b"][2][1] for seed in seeds]
-        cells = ["; ".join(f"{value:.5f}" for value in values) for values in (middle, ends[row])]
-        rows.append([label, q, *cells])
-    start = "; ".join(f"{lines['grpo', seed]['evals_b'][0][1]:.5f}" for seed in seeds)
-    half = staircase.PLATEAU + staircase.WINDOW // 2
-    header = f"row | q of the guide | B at step {half} | B at step {half + staircase.WINDOW // 2}"
-    gain = interval(paired(ends["near"], ends["self"]), 4)
-    return f"""Seeds {"; ".join(map(str, seeds))}, in this order in every cell. All rows start at
-step {staircase.PLATEAU}, with B at {start}.
-
-{table(header, rows)}
-
-Near minus D = 0 at the end: {gain}."""
 
 
 def law() -> str:
@@ -126,3 +90,9 @@ And rolling back gains nothing here. B after D steps of replay, and (in brackets
 steps of plain GRPO:
 
 {table("D " + header, then)}"""
+
+
+def through_trl() -> str:
+    header = "loop | seeds | GRPO's steps over NPO's | GRPO at step 60 | NPO"
+    pairs = trl_early.pairs()
+    return table(header, [[loop, *trl_early.cells(of)] for loop, of in pairs.items()])

@@ -39,7 +39,7 @@ from tqdm import tqdm
 import grpo
 import verifier
 from experiments import runs
-from experiments.results import interval
+from experiments.student import interval
 from npo import NPOConfig, replace_slot
 from plumbing.checkpoints import checkpoint_path
 from plumbing.data import load_prompts
@@ -277,7 +277,7 @@ def do(job: Job) -> list[dict]:
 
 
 def main() -> None:
-    lines, base = read_jsonl(RESULTS), runs.base_model()
+    lines, base = read_jsonl(RESULTS), runs.base_model(runs.Run("grpo", "grpo.py"))
     if any(line.get("base", FIRST_BASE) != base for line in lines):
         sys.exit(f"error: {RESULTS} was measured from another base; remove it (it is in git)")
     # Without the half line that a kill may have left

@@ -1,4 +1,4 @@
-"""Early bootstrapping through TRL: the rows "grpo" and "early" of experiments/early.jsonl, with
+"""Early bootstrapping through TRL: the rows cards/grpo and cards/40 of experiments/plan.py, with
 commands/npo_trl.py in the place of grpo.py and npo.py. The same prompts, sizes and seeds.
 
     pip install -r requirements.txt -r requirements-trl.txt
@@ -15,9 +15,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments.results import Result, interval
-from experiments.runs import HERE, LONG, RUNS, SCOUT, WINDOW, Run, make_all
-from experiments.tables import to_goals
+from experiments.groups import mean, ratio
+from experiments.plan import SCOUT, WINDOW, Run
+from experiments.results import Result, Runs, load, speed_ups
+from experiments.runs import HERE, RUNS, make_all
 from grpo import GRPOConfig
 from plumbing.checkpoints import checkpoints, step_of
 from plumbing.data import load_prompts
@@ -28,6 +29,7 @@ from plumbing.rollout import batched
 from worlds import cards
 
 RESULTS = HERE / "trl_early.jsonl"
+LONG = 140  # steps of GRPO
 FLAGS = (
     "--per_device_train_batch_size 64 --num_generations 8 --max_completion_length 80 "
     "--learning_rate 1e-4 --save_steps 5 --logging_steps 1 --use_cpu True --bf16 False "
@@ -72,23 +74,19 @@ def measured(out: Path) -> dict:
     }
 
 
-def speed_up(file: Path, seeds: list[int]) -> str:
-    """GRPO's steps to its own accuracy at step SCOUT over NPO's, the scout's not counted."""
-    lines = {(line["row"], line["seed"]): line for line in read_jsonl(file)}
-    runs = {row: [Result.of(lines[row, seed]) for seed in seeds] for row in ROWS}
-    scouts = [run.until(SCOUT) for run in runs["grpo"]]
-    goals = [scout.accuracy for scout in scouts]
-    alone, steps = (to_goals(of, goals, "step")[0] for of in (scouts, runs["early"]))
-    ratios = [a / b for a, b in zip(alone, steps)]
-    ends = [[run.until(WINDOW).accuracy for run in runs[row]] for row in ROWS]
-    if len(seeds) > 1:
-        shown, *ends = interval(ratios), *(interval(values, 3) for values in ends)
-    else:
-        shown, *ends = f"{ratios[0]:.2f}", *(f"{values[0]:.3f}" for values in ends)
-    return (
-        f"speed-up {shown}; at step {WINDOW} GRPO {ends[0]}, NPO {ends[1]}; seeds "
-        f"{', '.join(map(str, seeds))}"
-    )
+def pairs() -> dict[str, list[tuple[Result, Result]]]:
+    """NPO and GRPO of each seed: TRL's, and the plain loop's of the same seeds."""
+    trl = Runs(read_jsonl(RESULTS)).together("early", "grpo")
+    plain = load().only([run.line["seed"] for run, _ in trl])
+    return {"TRL": trl, "plain": plain.together("cards/40", "cards/grpo")}
+
+
+def cells(pairs: list[tuple[Result, Result]]) -> list[str]:
+    """Seeds; speed-up, the scout not counted; accuracy of GRPO and of NPO at step WINDOW."""
+    found = [
+        [run.at(WINDOW) for run in runs] for runs in ([b for _, b in pairs], [a for a, _ in pairs])
+    ]
+    return [f"{len(pairs)}", ratio(speed_ups(pairs)[0]), *map(mean, found)]
 
 
 def main() -> None:
@@ -100,10 +98,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10, 20)))
     args = parser.parse_args()
     failed = make_all(planned(args.seeds), RESULTS, 1, measured)
-    lines = {(line["row"], line["seed"]) for line in read_jsonl(RESULTS)}
-    if whole := sorted({seed for _, seed in lines if {(row, seed) for row in ROWS} <= lines}):
-        print(f"TRL    {speed_up(RESULTS, whole)}")
-        print(f"plain  {speed_up(HERE / 'early.jsonl', whole)}")
+    for loop, found in pairs().items():
+        seeds, speed_up, grpo, npo = cells(found)
+        print(f"{loop:6} {seeds} seeds: speed-up {speed_up}; at {WINDOW}: GRPO {grpo}, NPO {npo}")
     if failed:
         sys.exit("not made: " + ", ".join(f"{run.row} {run.seed}" for run in failed))
 

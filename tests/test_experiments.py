@@ -1,17 +1,20 @@
-"""The runner on small stand-ins for training commands, and the page that is made of its lines."""
+"""The runner and the plan on small stand-ins for training commands; the worlds' numbers, the
+figure of the method, and the runs through TRL."""
 
 import json
 import re
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as xml
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import grpo
-from experiments import difficulty, lucky, method_figure, runs, staircase, tables, trl_early
-from experiments.results import Result
+from experiments import difficulty, lucky, method_figure, runs, trl_early
+from experiments.plan import GROUPS, ROWS, Run
 from plumbing import data
 from plumbing.command import read_flags
 from plumbing.guide_cache import GuideCache
@@ -19,7 +22,8 @@ from plumbing.rollout import Completion
 from worlds import cards
 
 ROOT = runs.ROOT
-# Writes metrics.jsonl as a run with one rollback would; exits with 3 if its seed is 7
+# Writes metrics.jsonl as a run with one rollback would, or with --steps one whose part B is learnt,
+# half as fast with seed 24; exits with an error if its seed is 7
 COMMAND = """
 import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -37,74 +41,120 @@ for step in range(1, 13):
 lines[-1]["eval/accuracy"] = 0.25
 lines.append({"step": 11, "sampled_tokens": 1500, "entropy": 50, "loss": 0.0, "rollbacks": 1})
 lines.append(lines[-1] | {"step": 12, "sampled_tokens": 1700, "eval/accuracy": 0.5})
+if "--steps" in flags:
+    rate = 0.04 if flags["--seed"] == "24" else 0.08
+    lines = [
+        {"step": step, "sampled_tokens": step, "entropy": 1.0, "loss": 0.0, "eval/accuracy": 0.5}
+        | {"eval/accuracy_b": rate * step}
+        for step in range(0, int(flags["--steps"]) + 1, 2)
+    ]
 (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+for line in lines:
+    (out / f"checkpoints/step_{line['step']:06d}").mkdir(parents=True, exist_ok=True)
 """
 
 
 @pytest.fixture
-def group(tmp_path, monkeypatch):
-    """Two rows, "far" and "near", where near needs far; in a directory of their own."""
+def toy(tmp_path, monkeypatch):
+    """A group of rows that need each other, in a directory of their own."""
     script = tmp_path / "command.py"
     script.write_text(COMMAND)
     rows = [
-        runs.Run("far", f"{script}"),
-        runs.Run("near", f"{script} --guide {{runs}}/far-{{seed}}", "far"),
+        Run("toy/far", f"{script}"),
+        Run("toy/near", f"{script} --guide {{toy/far@12}}"),
+        Run("toy/last", f"{script} --guide {{toy/near@11}}"),
+        Run("toy/sibling", f"{script} --steps {{steps}}", 20, (6, 14, 20)),
+        Run("toy/chosen", f"{script} --guide {{toy/sibling>.16}}"),
+        Run("toy/never", f"{script} --guide {{toy/sibling>.90}}"),
     ]
-    monkeypatch.setattr(runs, "GROUPS", {"toy": ("toy", rows)})
+    monkeypatch.setattr(runs, "GROUPS", {"toy": (rows, range(3, 5), "toy")})
+    monkeypatch.setattr(runs, "ROWS", {run.row: run for run in rows})
     monkeypatch.setattr(runs, "RUNS", str(tmp_path))
+    monkeypatch.setattr(runs, "HERE", tmp_path)
     return tmp_path
 
 
-def results(path) -> dict:
-    return {(line["row"], line["seed"]): line for line in runs.read_jsonl(path)}
+def made(folder, seeds, *names: str, jobs=1) -> list:
+    chosen = [runs.ROWS[f"toy/{name}"] for name in names]
+    return runs.make_all(runs.planned(chosen, seeds), folder / "toy.jsonl", jobs)
 
 
-def test_a_group_runs_in_the_order_of_its_needs(group, capsys):
-    path = group / "toy.jsonl"
-    assert runs.make_all(runs.planned("toy", [3, 4]), path, jobs=2) == []
-    assert set(results(path)) == {("far", 3), ("far", 4), ("near", 3), ("near", 4)}
-    order = (group / "toy" / "order").read_text().split()
-    assert order.index("far-3") < order.index("near-3")
-    assert order.index("far-4") < order.index("near-4")
-    assert "near, seed 4: accuracy 0.500" in capsys.readouterr().out
+def order(folder) -> list[str]:
+    return (folder / "toy" / "order").read_text().split()
 
 
-def test_a_result_line_by_hand(group):
-    path = group / "toy.jsonl"
-    runs.make_all(runs.planned("toy", [3]), path, jobs=1)
-    line = results(path)["near", 3]
+def results(folder) -> dict:
+    return {(line["row"], line["seed"]): line for line in runs.read_jsonl(folder / "toy.jsonl")}
+
+
+def test_a_group_runs_in_the_order_of_its_needs(toy, capsys):
+    assert made(toy, [3, 4], "far", "near", jobs=2) == []
+    assert set(results(toy)) == {(f"toy/{row}", seed) for row in ("far", "near") for seed in (3, 4)}
+    assert order(toy).index("far-3") < order(toy).index("near-3")
+    assert order(toy).index("far-4") < order(toy).index("near-4")
+    assert "toy/near, seed 4: accuracy 0.500" in capsys.readouterr().out
+
+
+def test_a_result_line_by_hand(toy):
+    made(toy, [3], "far", "near")
+    line = results(toy)["toy/near", 3]
     assert line["evals"] == [[0, 0.01235, 0], [12, 0.5, 1700]]  # 0.25 at step 12 was undone
     assert line["updates"] == 14
     assert line["entropy"] == [[10, 5.5], [12, 50.0]]
     assert line["npo/guide_frac"] == round(10 * 0.5 / 12, 4)
     assert line["npo/guide_ratio_max"] == 19.0
-    assert line["base"] == runs.base_model() and len(line["base"]) == 12
-    assert line["command"].startswith(f"OMP_NUM_THREADS=1 python {group}/command.py --guide ")
-    assert line["command"].endswith(f"--seed 3 --out {group}/toy/near-3")
-    assert line["seconds"] >= 0 and line["commit"]
+    guide = f"--guide {toy}/toy/far-3/checkpoints/step_000012"
+    words = f"python {toy}/command.py {guide} --seed 3 --out {toy}/toy/near-3"
+    assert line["command"] == f"OMP_NUM_THREADS=1 {words}"
+    assert line["seconds"] >= 0 and line["commit"] and "guide_b" not in line
 
 
-def test_a_failure_is_told_and_stops_only_what_needs_it(group, capsys):
-    path = group / "toy.jsonl"
-    failed = runs.make_all(runs.planned("toy", [7, 3]), path, jobs=2)
-    assert [(run.row, run.seed) for run in failed] == [("far", 7), ("near", 7)]
-    assert set(results(path)) == {("far", 3), ("near", 3)}
+def test_a_run_grows_until_part_b_is_learnt_and_its_checkpoint_is_chosen_by_b(toy):
+    made(toy, [3, 4], "sibling", "chosen")
+    assert order(toy).count("sibling-3") == 2  # 0.08 x 6 is below 0.90, 0.08 x 14 is not
+    assert order(toy).count("sibling-4") == 3  # 0.04 x 20 never is
+    lines = results(toy)
+    assert " --steps 14 --seed 23 " in lines["toy/sibling", 3]["command"]
+    assert lines["toy/sibling", 3]["evals"][-1] == [14, 0.5, 14, 1.12]
+    for seed, step, b in ((3, 4, 0.32), (4, 6, 0.24)):  # above .16, which is 0.08 x 2 and 0.04 x 4
+        line = lines["toy/chosen", seed]
+        assert f"/toy/sibling-{seed}/checkpoints/step_{step:06d} " in line["command"]
+        assert line["guide_b"] == b
+
+
+def test_a_run_without_its_guide_is_left_out_for_good(toy, capsys):
+    assert made(toy, [4], "never") == []
+    line = results(toy)["toy/never", 4]
+    assert line["left_out"] == "toy/sibling: part B never above .90" and "evals" not in line
+    assert "toy/never, seed 4: left out: toy/sibling: part B" in capsys.readouterr().out
+    count = len(order(toy))
+    assert made(toy, [4], "never") == [] and len(order(toy)) == count
+
+
+def test_a_failure_is_told_and_stops_only_what_needs_it(toy, capsys):
+    failed = made(toy, [7, 3], "far", "near", jobs=2)
+    assert [(run.row, run.seed) for run in failed] == [("toy/far", 7), ("toy/near", 7)]
+    assert set(results(toy)) == {("toy/far", 3), ("toy/near", 3)}
     told = capsys.readouterr().out
-    assert "far, seed 7: FAILED with exit code 1" in told and "no luck\n  with 7" in told
-    assert "near, seed 7: skipped, since far failed" in told
+    assert "toy/far, seed 7: FAILED with exit code 1" in told and "no luck\n  with 7" in told
+    assert "toy/near, seed 7: skipped, since toy/far failed" in told
 
 
-def test_only_what_has_no_line_runs_again_with_what_it_needs(group):
-    path = group / "toy.jsonl"
-    runs.make_all(runs.planned("toy", [3]), path, jobs=1)
-    runs.make_all(runs.planned("toy", [3]), path, jobs=1)
-    assert (group / "toy" / "order").read_text().split() == ["far-3", "near-3"]
-    kept = path.read_text().splitlines()
-    path.write_text(kept[0] + "\n")  # near's line is lost, and far's directory may be
-    runs.make_all(runs.planned("toy", [3]), path, jobs=1)
-    assert (group / "toy" / "order").read_text().split() == ["far-3", "near-3"] * 2
-    lines = path.read_text().splitlines()
-    assert lines[0] == kept[0] and [json.loads(line)["row"] for line in lines] == ["far", "near"]
+def test_only_what_has_no_line_runs_again_with_all_that_it_needs(toy):
+    made(toy, [3], "last")
+    assert order(toy) == ["far-3", "near-3", "last-3"]
+    assert set(results(toy)) == {("toy/last", 3)}  # only what was asked for has a line
+    made(toy, [3], "last")
+    assert len(order(toy)) == 3
+    made(toy, [3], "far", "near")
+    assert order(toy)[3:] == ["far-3", "near-3"]
+    lines = (toy / "toy.jsonl").read_text().splitlines()
+    (toy / "toy.jsonl").write_text(lines[1] + "\n")  # far's is kept
+    made(toy, [3], "far", "near", "last")
+    assert order(toy)[5:] == ["far-3", "near-3", "last-3"]
+    now = (toy / "toy.jsonl").read_text().splitlines()
+    assert now[0] == lines[1]
+    assert [json.loads(line)["row"] for line in now] == ["toy/far", "toy/near", "toy/last"]
 
 
 def start(monkeypatch, *words) -> None:
@@ -112,98 +162,129 @@ def start(monkeypatch, *words) -> None:
     runs.main()
 
 
-def test_main_mends_a_half_line_and_exits_with_an_error(group, monkeypatch):
-    monkeypatch.setattr(runs, "HERE", group)
-    (group / "toy.jsonl").write_text('{"row": "far", "se')
-    with pytest.raises(SystemExit, match="not made: far 7, near 7"):
-        start(monkeypatch, "toy", "--seeds", "3", "7", "--jobs", "1")
-    assert set(results(group / "toy.jsonl")) == {("far", 3), ("near", 3)}
+def test_main_mends_a_half_line_and_exits_with_an_error(toy, monkeypatch):
+    (toy / "toy.jsonl").write_text('{"row": "far", "se')
+    with pytest.raises(SystemExit, match="not made: toy/far 7, toy/near 7"):
+        start(monkeypatch, "toy", "--rows", "far", "near", "--seeds", "3", "7", "--jobs", "1")
+    assert set(results(toy)) == {("toy/far", 3), ("toy/near", 3)}
 
 
-def test_main_does_not_mix_two_worlds(group, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "HERE", group)
-    (group / "toy.jsonl").write_text('{"row": "far", "seed": 3, "base": "another"}\n')
+def test_main_takes_the_reported_seeds_and_some_rows(toy, monkeypatch):
+    start(monkeypatch, "toy", "--rows", "near")
+    assert set(results(toy)) == {("toy/near", 3), ("toy/near", 4)}
+
+
+def test_main_does_not_mix_two_worlds(toy, monkeypatch, capsys):
+    (toy / "toy.jsonl").write_text('{"row": "toy/far", "seed": 3, "base": "another"}\n')
     with pytest.raises(SystemExit):
         start(monkeypatch, "toy", "--seeds", "3")
     assert "toy.jsonl holds runs that started from another base" in capsys.readouterr().err
-    assert not (group / "toy").exists()
+    assert not (toy / "toy").exists()
+
+
+def test_the_base_is_that_of_the_world():
+    found = {run.row: runs.base_model(run) for run in ROWS.values()}
+    assert len({found["cards/40"], found["lax/40"], found["plateau/near"]}) == 3
+    assert found["rivals/luffy"] == found["cards/40"] and len(found["cards/40"]) == 12
+    assert found["autonpo/staircase-auto"] == found["one/near"] == found["plateau/near"]
+
+
+def test_the_commit_is_dirty_if_more_than_result_lines_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    (tmp_path / "experiments").mkdir()
+    for name in ("experiments/cards.jsonl", "npo.py"):
+        (tmp_path / name).write_text("before")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True)
+    clean = runs.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "experiments/cards.jsonl").write_text("after")
+    assert runs.commit() == clean
+    (tmp_path / "npo.py").write_text("after")
+    assert runs.commit() == f"{clean}-dirty"
 
 
 def test_help_lists_the_groups(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         start(monkeypatch, "--help")
     shown = capsys.readouterr().out
-    assert "early: grpo, early, self, grpo-16" in shown and "compare: grpo, grpo-16, luffy" in shown
+    assert "plateau, seeds 10 to 21, staircase.jsonl: start, sibling, near, far" in shown
+    assert "autonpo, seeds 10 to 15, autonpo.jsonl: cards-auto" in shown
 
 
-@pytest.mark.parametrize("group", runs.GROUPS)
-def test_every_command_has_flags_that_exist(group):
-    for run in runs.planned(group, [5]):
-        python, *words = run.command.split()
-        name = words.pop(0)
-        name = words.pop(0) if name == "-m" else name.removesuffix(".py")
-        module = __import__(name, fromlist=["main"])
-        configs = [key for key in vars(module) if key.lower() == name.split(".")[-1] + "config"]
-        config = read_flags(getattr(module, configs[0]), None, words)
-        config.check()
-        assert python == "python" and config.seed == 5
-        assert run.out == config.out == f"experiments/runs/{group}/{run.row}-5"
+def test_how_far_the_weights_went_by_hand(tmp_path):
+    for step in range(20, 201, 20):
+        weights = {"a": torch.full((3,), step / 20.0), "b": torch.tensor([[0.0, step / 10.0]])}
+        (tmp_path / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+        save_file(weights, tmp_path / f"checkpoints/step_{step:06d}/model.safetensors")
+    found = runs.moved(tmp_path)["moved"]
+    assert len(found) == 9 + 7 + 5 and found[0][:2] == [20, 20] and found[-1][:2] == [100, 100]
+    for _, distance, norm in found:  # three weights by 1 and one by 2 in each 20 steps
+        assert norm == pytest.approx(distance / 20 * 7**0.5, abs=1e-5)
 
 
-@pytest.mark.parametrize("group", runs.GROUPS)
-def test_needs_are_the_runs_that_a_command_reads(group):
-    for run in runs.planned(group, [5]):
-        read = re.findall(rf"--guide experiments/runs/{group}/(\S+)-5/checkpoints", run.command)
-        assert read == ([run.needs] if run.needs else [])
+def test_the_dynamics_keep_the_undone_steps_and_every_decision(tmp_path):
+    lines = [{"step": 0, "eval/accuracy": 0.5}]
+    lines += [{"step": s, "reward": s / 8, "entropy": 1 / s, "loss": 0.0} for s in (1, 2, 3)]
+    lines.append({"step": 4, "autonpo/decision": "back", "autonpo/step": 3, "autonpo/distance": 2})
+    lines.append({"step": 2, "rollbacks": 1, "reward": 0.5, "entropy": 0.125, "loss": 0.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = runs.dynamics(tmp_path)
+    assert found["decisions"] == [{"step": 3, "distance": 2}]
+    assert found["steps"] == [
+        [1, 0, 0.125, 1.0],
+        [2, 0, 0.25, 0.5],
+        [3, 0, 0.375, 0.33333],
+        [2, 1, 0.5, 0.125],
+    ]
 
 
-def test_the_committed_page_is_that_of_the_committed_lines():
-    assert (ROOT / "docs" / "results.md").read_text() == tables.results_page()
+# ---- The plan ------------------------------------------------------------------------------------
 
 
-def table_after(text: str, heading: str, start: str) -> list[list[str]]:
-    """The cells of the first table after a heading whose header begins like that."""
-    found = text[text.index(heading) :]
-    found = found[found.index(start) :].split("\n\n")[0]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines()]
+SHAPES = {tuple(re.findall(r"^\S+|--\S+", run.command)): row for row, run in ROWS.items()}
 
 
-def test_the_numbers_are_those_of_the_frozen_tables():
-    """While the comparison's lines are those of the lax world, whose tables are frozen."""
-    now = (ROOT / "docs" / "results.md").read_text()
-    before = (ROOT / "docs" / "results_before.md").read_text()
-    name = "## The comparison: where should guidance come from?"
-    mine = table_after(now, name, "| method |")
-    theirs = table_after(before, "### The paper's comparison", "| method |")
-    frozen = {row[0]: row[1:11] for row in theirs}
-    assert len(mine) == len(theirs) == 17
-    for row in mine:
-        assert row[1:11] == frozen[row[0]]
+@pytest.mark.parametrize("row", SHAPES.values())
+def test_every_command_has_flags_that_exist(row, tmp_path):
+    run, another = runs.with_seed(ROWS[row], 5), tmp_path / "step_000060"
+    another.mkdir()
+    (another / "state.json").write_text('{"step": 60, "sampled_tokens": 0}')
+    command = runs.TAKEN.sub(str(another), run.command).replace("{steps}", "90")
+    python, *words = command.split()
+    name = words.pop(0)
+    name = words.pop(0) if name == "-m" else name.removesuffix(".py")
+    module = __import__(name, fromlist=["main"])
+    configs = [key for key in vars(module) if key.lower() == name.split(".")[-1] + "config"]
+    config = read_flags(getattr(module, configs[0]), None, words)
+    config.check()
+    assert python == "python" and "{" not in command
+    assert config.seed == 5 + ROWS[row].shift
+    assert run.out == config.out == f"experiments/runs/{row}-5"
 
 
-def test_intervals_and_verdicts_by_hand():
-    values = [1.0, 2.0, 4.0]  # mean 7/3, std 1.5275, t 4.303
-    low, high = tables.bounds(values)
-    assert low == pytest.approx(7 / 3 - 4.303 * 1.527525 / 3**0.5, abs=1e-5)
-    assert tables.interval(values) == f"2.33 [{low:.2f}, {high:.2f}]"
-    assert tables.verdict([0.1, 0.11, 0.12]) == "holds"
-    assert tables.verdict([-0.1, -0.11, -0.12]) == "not confirmed"
-    assert tables.verdict(values) == "undecided"
-    assert tables.speed_verdict([1.9, 2.1, 2.2]) == "faster; consistent with 2.1"
-    assert tables.speed_verdict([1.5, 1.51, 1.52]) == "faster, but by less"
-    assert tables.speed_verdict([0.5, 0.51, 0.52]) == "slower"
-    assert tables.speed_verdict([0.5, 1.5, 1.2]) == "undecided"
+def test_rows_come_after_what_they_need_and_groups_hold_their_own():
+    seen = set()
+    for name, (rows, seeds, _) in GROUPS.items():
+        for run in rows:
+            assert run.row.startswith(f"{name}/") and run.row not in seen
+            assert {row for row, _ in runs.needs(run)} <= seen
+            seen.add(run.row)
+        assert not {*range(50, 60)} & {*seeds}  # these are for looking
 
 
-def test_student_t_has_the_known_quantiles():
-    """P(|t| < T_975[n]) is 0.95 with n - 1 degrees of freedom, by integrating the density."""
-    for seeds in range(2, len(tables.T_975)):
-        free = seeds - 1
-        x = torch.linspace(0, tables.T_975[seeds], 200_001, dtype=torch.float64)
-        log_scale = torch.lgamma(torch.tensor([(free + 1) / 2, free / 2], dtype=torch.float64))
-        scale = (log_scale[0] - log_scale[1]).exp() / (free * torch.pi) ** 0.5
-        inside = 2 * torch.trapezoid(scale * (1 + x**2 / free) ** (-(free + 1) / 2), x)
-        assert inside.item() == pytest.approx(0.95, abs=1e-4)
+def test_checkpoints_that_are_taken_are_saved():
+    """--save-every and --eval-every of the row that they are taken from."""
+    for run in ROWS.values():
+        for row, sign, value in runs.TAKEN.findall(run.command):
+            steps = re.search(r"--steps (\S+)", ROWS[row].command)[1]
+            every = int((re.findall(r"--save-every (\d+)", ROWS[row].command) or ["20"])[0])
+            if sign == "@":
+                assert int(value) <= int(steps) and (int(value) % every == 0 or value == steps)
+            else:
+                assert f"--eval-every {every} " in ROWS[row].command + " "
 
 
 def test_the_method_figure():
@@ -222,18 +303,7 @@ def test_the_method_figure():
     assert "prefers-color-scheme: dark" in drawn and len(drawn.encode()) < 10_000
 
 
-# ------------------------------------------------------------------- the worlds, and the law
-
-
-def test_where_runs_reach_their_goals_by_hand():
-    def of(*evals) -> Result:
-        return Result.of({"evals": [list(line) for line in evals], "entropy": []})
-
-    runs = [of((0, 0.0, 50), (10, 0.2, 150), (20, 0.6, 300)), of((0, 0.0, 0), (30, 0.1, 90))]
-    assert tables.to_goals(runs, [0.5, 0.4], "step") == ([17.5, 30], 1)  # the second never does
-    assert tables.to_goals(runs, [0.1, 0.05], "sampled_tokens") == ([100.0, 45.0], 0)
-    known = {"grpo": [runs[0]], "early": [of((0, 0.3, 0), (60, 0.7, 9), (70, 0.8, 10))]}
-    assert tables.at_window(known, "early", "grpo") == [[0.7], [0.6]]
+# ---- The worlds ----------------------------------------------------------------------------------
 
 
 def test_lucky_answers_are_counted_by_their_working(monkeypatch):
@@ -267,35 +337,7 @@ def test_difficulty_by_hand(monkeypatch):
     assert rows["training", "all"]["count"] == 2048
 
 
-def test_the_siblings_first_checkpoints_beyond_a_level_are_the_guides(monkeypatch):
-    monkeypatch.setattr(staircase, "run", lambda *_: None)
-    b = {0: 0.81, 5: 0.01, 10: 0.1521, 15: 0.1681, 20: 0.64, 25: 0.9216}  # q .39 at 10, .41 at 15
-    lines = [{"step": step, "eval/accuracy_b": value} for step, value in b.items()]
-    monkeypatch.setattr(staircase, "evaluations", lambda out: lines)
-    near, far = staircase.guides(7).values()
-    assert near[0].endswith("sibling-7/checkpoints/step_000015") and near[1] == pytest.approx(0.41)
-    assert far[0].endswith("step_000025") and far[1] == pytest.approx(0.96)
-    monkeypatch.setattr(staircase, "evaluations", lambda out: lines[:5])
-    with pytest.raises(SystemExit, match="never borrows with probability 0.95"):
-        staircase.guides(7)
-
-
-# ------------------------------------------------------------------------------------ through TRL
-
-
-def test_the_speed_up_through_trl_is_of_steps_to_grpos_own_accuracy(tmp_path):
-    lines = []
-    for seed, reached in ((3, 10), (4, 20)):
-        grpo = [[0, 0.0, 0], [20, 0.1, 7], [40, 0.2, 9], [60, 0.3, 12]]
-        early = [[0, 0.0, 0], [reached, 0.2, 8], [60, 0.5, 11]]
-        for row, evals in (("grpo", grpo), ("early", early)):
-            lines.append({"row": row, "seed": seed, "evals": evals, "entropy": []})
-    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = trl_early.speed_up(tmp_path / "lines.jsonl", [3, 4])
-    assert said.startswith("speed-up 3.00 [")
-    assert "GRPO 0.300 [0.300, 0.300], NPO 0.500 [0.500, 0.500]; seeds 3, 4" in said
-    one = trl_early.speed_up(tmp_path / "lines.jsonl", [3])
-    assert one == "speed-up 4.00; at step 60 GRPO 0.300, NPO 0.500; seeds 3"
+# ---- Through TRL ---------------------------------------------------------------------------------
 
 
 def test_trl_runs_are_evaluated_by_their_checkpoints(tmp_path, monkeypatch):

@@ -258,14 +258,14 @@ def test_ratios_of_decisive_tokens(base, prompts):
 
 
 def test_decisive_tokens_of_a_guide_cache(tmp_path, monkeypatch, capsys):
-    teacher_as_checkpoint(tmp_path / "early" / "grpo-4", 10)
+    teacher_as_checkpoint(tmp_path / "cards" / "grpo-4", 10)
     changes = {"RUNS": str(tmp_path), "HERE": tmp_path, "WINDOW": 1, "SEEDS": (4,)}
     for name, value in (changes | {"GUIDES": (10,), "POLICIES": (0, 10)}).items():
         monkeypatch.setattr(decisive_tokens, name, value)
     decisive_tokens.main()
     first, second = json.loads((tmp_path / "decisive_tokens.json").read_text())
     assert (first["seed"], first["guide"], first["policy"], second["policy"]) == (4, 10, 0, 10)
-    _, *kept = read_jsonl(tmp_path / "early" / "decisive-10-4.jsonl")
+    _, *kept = read_jsonl(tmp_path / "cards" / "decisive-10-4.jsonl")
     tokens = sum(len(answer["token_ids"]) for line in kept for answer in line["answers"])
     for line in (first, second):
         assert line["decisive"]["tokens"] + line["other"]["tokens"] == tokens > 0

@@ -1,0 +1,238 @@
+"""The primary claims of docs/protocol.md, the paper's claims, and README's rows, each with what was
+measured and its verdict."""
+
+import statistics
+
+from experiments.dynamics import STEPS, WORLDS, around, exponents
+from experiments.groups import (
+    ARMS,
+    END,
+    MISSING,
+    STUCK,
+    at_equal_tokens,
+    left,
+    mean,
+    minus,
+    ratio,
+    same,
+    stuck,
+    table,
+)
+from experiments.plan import AFTER, RIVALS, SCOUT, WINDOW
+from experiments.results import Runs, speed_ups
+from experiments.student import bounds, detectable, geometric, holm, p_value, sameness, sign_flip
+from experiments.student import verdict as of_interval
+
+PAPER_SPEED = 2.1
+
+
+# ---- Primary claims ------------------------------------------------------------------------------
+
+
+def primary(runs: Runs) -> dict[str, tuple[str, list[float], float]]:
+    """Claim -> what is subtracted, the paired differences, p by Holm. Four, so that one that is not
+    run yet counts with p = 1."""
+    plateaus = stuck(runs)
+    found = {
+        "a near guide breaks a plateau where asking again does not": (
+            f"near minus D = 0, B at +{AFTER}",
+            plateaus.minus("plateau/near", "plateau/self", END),
+        ),
+        "near before far, with IS": (
+            f"near minus far, B at +{AFTER - 10}",
+            plateaus.minus("plateau/near", "plateau/far", END - 10),
+        ),
+        "early bootstrapping": (
+            f"NPO minus GRPO, cards, step {WINDOW}",
+            runs.minus("cards/40", "cards/grpo", WINDOW),
+        ),
+        "the future is worth more than asking again": (
+            f"NPO minus D = 0, cards, step {WINDOW}",
+            runs.minus("cards/40", "cards/self", WINDOW),
+        ),
+    }
+    corrected = holm([p_value(d) if len(d) > 1 else 1.0 for _, d in found.values()])
+    return {name: (*both, p) for (name, both), p in zip(found.items(), corrected)}
+
+
+def corrected_verdict(differences: list[float], p: float) -> str:
+    if len(differences) < 2:
+        return MISSING
+    if p >= 0.05:
+        return "undecided"
+    return "holds" if statistics.fmean(differences) > 0 else "not confirmed"
+
+
+def primary_table(runs: Runs) -> str:
+    rows = []
+    for number, (name, (what, differences, p)) in enumerate(primary(runs).items(), 1):
+        cells = [f"{number}. {name}", what, f"{len(differences)}", mean(differences)]
+        if len(differences) > 1:
+            exact = p_value(differences), p, sign_flip(differences)
+            cells += [f"{value:.2g}" for value in exact] + [f"{detectable(differences):.3f}"]
+        else:
+            cells += [""] * 4
+        rows.append([*cells, corrected_verdict(differences, p)])
+    plateaus = stuck(runs)
+    ends = [f"{label} {left(plateaus, f'plateau/{name}')}" for name, label in ARMS.items()]
+    header = "claim | measure | seeds | difference | p | Holm | sign flip | detectable | verdict"
+    return f"""{table(header, rows)}
+
+A difference above 0 is no breakthrough yet. Out of the plateau (B of {STUCK} or more) at +{AFTER}:
+{"; ".join(ends)}."""
+
+
+def at_equal(runs: Runs, row: str) -> tuple[list[float], str]:
+    """Differences to the group's GRPO at equal tokens, and a note of those that ended before."""
+    differences, _, ended = at_equal_tokens(runs, row, row.split("/")[0] + "/grpo")
+    return differences, f" ({ended} of GRPO's ended before)" if ended else ""
+
+
+# ---- The paper's claims --------------------------------------------------------------------------
+
+
+def all_of(*differences: list[float]) -> str:
+    """The verdict of a claim that needs every one of them above 0."""
+    found = [of_interval(values) for values in differences]
+    for worst in (MISSING, "not confirmed", "undecided"):
+        if worst in found:
+            return worst
+    return "holds"
+
+
+def speed_verdict(speeds: list[float]) -> str:
+    if len(speeds) < 2:
+        return MISSING
+    _, low, high = geometric(speeds)
+    if low <= 1:
+        return "slower" if high < 1 else "undecided"
+    if low <= PAPER_SPEED <= high:
+        return f"faster; consistent with {PAPER_SPEED}"
+    return f"faster, but by {'less' if high < PAPER_SPEED else 'more'}"
+
+
+def linear_verdict(exponents: list[float]) -> str:
+    if len(exponents) < 2:
+        return MISSING
+    low, high = bounds(exponents)
+    if low <= 1 <= high:
+        return "consistent with it"
+    return f"not confirmed: {'slower' if high < 1 else 'faster'}"
+
+
+def best_guides(runs: Runs) -> str:
+    """Which guide's row is ahead on the cards, seed by seed."""
+    guides = 10, 20, 40, 80, 160
+    found = runs.together(*(f"cards/{guide}" for guide in guides))
+    best = [max(zip((run.at(WINDOW) for run in of), guides))[1] for of in found]
+    return ", ".join(f"{guide} in {best.count(guide)}" for guide in guides) if best else MISSING
+
+
+def paper(runs: Runs) -> str:
+    """Every claim, with those that are not tested here."""
+    rows, plateaus = [], stuck(runs)
+
+    def add(claim: str, what: str, *differences: list[float]) -> None:
+        text = "; ".join(map(minus, differences))
+        rows.append([claim, f"{what}: {text}", all_of(*differences)])
+
+    def untested(claim: str, why: str) -> None:
+        rows.append([claim, why, "not tested"])
+
+    def cards(mine: str, theirs: str, step: int = WINDOW) -> list[float]:
+        return runs.minus(f"cards/{mine}", f"cards/{theirs}", step)
+
+    def rivals(mine: str, theirs: str) -> list[float]:
+        return runs.minus(mine, theirs, RIVALS)
+
+    pairs = runs.together("cards/40", "cards/grpo")
+    for name, before in (("scout not counted", 0), (f"the scout's {SCOUT} steps counted", SCOUT)):
+        speeds, _ = speed_ups(pairs, before)
+        what = f"GRPO's steps to its accuracy at {SCOUT} over NPO's, {name}: {ratio(speeds)}"
+        rows.append([f"early is about {PAPER_SPEED}x faster", what, speed_verdict(speeds)])
+    add("early is ahead of GRPO", f"cards, step {WINDOW}", cards("40", "grpo"))
+    equal, note = at_equal(runs, "cards/40")
+    add("the same", f"cards, equal tokens{note}", equal)
+    late = "future/late-160"
+    add("a late replay breaks a plateau", "B", runs.minus(late, "future/grpo", END))
+    equal, note = at_equal(runs, late)
+    add("the same", f"B, equal tokens{note}", equal)
+    untested("early + late ends above early", "no row has both")
+    without = runs.minus(f"{late}-no-is", late, END)
+    rows.append(["late, IS barely matters", f"without minus with: {same(without)}"])
+    rows[-1].append(sameness(without))
+    untested("LUFFY without importance sampling collapses", "no such row")
+
+    curve = {step: runs.at("cards/grpo", step) for step in (0, 10, 20, 40, 80, 120, 160)}
+    rise = [b - a for a, b in zip(curve[10], curve[160])]
+    add("Q rises with the distance", "a guide's accuracy, step 160 minus 10", rise)
+    bend = [2 * b - a - c for a, b, c in zip(curve[0], curve[20], curve[40])]
+    add("Q is concave", "its gain from 0 to 20 minus that from 20 to 40", bend)
+    late_gain = zip(curve[40], curve[80], curve[120], curve[160])
+    bend = [(b - a) - (d - c) for a, b, c, d in late_gain]
+    add("Q saturates", "its gain from 40 to 80 minus that from 120 to 160", bend)
+    for start in (20, 100):
+        found = exponents(runs, start)
+        text = f"exponent of D from step {start}: {mean(found, 2)}"
+        rows.append(["weights move linearly in D", text, linear_verdict(found)])
+    untested(
+        "V grows with D, at most like exp(beta D)",
+        "V is not measured in these runs; see the law below",
+    )
+    peak = cards("40", "10"), cards("40", "160")
+    add("S peaks at a near distance", "cards, step 40 minus 10, and minus 160", *peak)
+    near = [plateaus.minus("plateau/near", f"plateau/{name}", END - 10) for name in ("low", "far")]
+    add("S peaks at a near distance", f"plateau, +{AFTER - 10}, near minus B > .01, far", *near)
+    text = f"the best guide's step at {WINDOW}, seeds: {best_guides(runs)}"
+    rows.append(["D* is about 20 from the base, 70 later", text, "steps of a toy"])
+
+    for world in WORLDS:
+        auto, plain = f"autonpo/{world}-auto", f"autonpo/{world}-grpo"
+        name = f"{world}, step {STEPS}"
+        add("AutoNPO ends above GRPO", name, runs.minus(auto, plain, STEPS))
+        fixed = runs.minus(auto, f"autonpo/{world}-fixed", STEPS)
+        add("AutoNPO ends above a manual intervention", f"{name}, fixed D = 40", fixed)
+        reward, entropy = (around(runs, world, "auto", what)[2:] for what in (0, 1))
+        name = f"{world}, ten steps each after the first rollback, minus GRPO"
+        add("AutoNPO's reward stays above GRPO's", name, *reward)
+        add("its entropy expands again", name, *entropy)
+
+    npo, plain = "rivals/future", "cards/grpo"
+    for name, row in (("LUFFY", "luffy"), ("ExGRPO", "exgrpo"), ("RLEP", "rlep")):
+        add(f"NPO ends above {name}", f"cards, step {RIVALS}", rivals(npo, f"rivals/{row}"))
+    add("ExGRPO ends above GRPO", "cards", rivals("rivals/exgrpo", plain))
+    add("RLEP ends above GRPO", "cards", rivals("rivals/rlep", plain))
+    add("RLEP ends above ExGRPO", "cards", rivals("rivals/rlep", "rivals/exgrpo"))
+    add("GRPO ends above LUFFY", "cards", rivals(plain, "rivals/luffy"))
+    add("the near future beats a teacher", "cards", rivals(npo, "rivals/teacher"))
+    add(
+        "the near future beats the own past", "cards", rivals(f"{npo}-failed", "rivals/past-failed")
+    )
+    add("the near future beats the far one", f"cards, step {WINDOW}", cards("40", "160"))
+    untested("+2.59 and +2.90 over GRPO on eight benchmarks", "8B model, 32 GPUs")
+    return table("claim of the paper | measured here | verdict", rows)
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+
+def readme(runs: Runs) -> str:
+    """Eight rows."""
+    rows = [
+        [name, f"{what}: {mean(differences)}", corrected_verdict(differences, p)]
+        for name, (what, differences, p) in primary(runs).items()
+    ]
+    pairs = runs.together("cards/40", "cards/grpo")
+    speeds, counted = (speed_ups(pairs, before)[0] for before in (0, SCOUT))
+    told = f"GRPO's steps over NPO's {ratio(speeds)}; with the scout's {ratio(counted)}"
+    rows.append([f"early is about {PAPER_SPEED}x faster", told, speed_verdict(speeds)])
+    equal, note = at_equal(runs, "cards/40")
+    told = f"NPO minus GRPO, cards{note}: {mean(equal)}"
+    rows.append(["early is ahead at equal tokens", told, of_interval(equal)])
+    late = runs.minus("future/late-160-no-is", "future/late-160", END)
+    rows.append(["late, IS barely matters", f"without minus with, B: {mean(late)}"])
+    rows[-1].append(sameness(late))
+    auto = [runs.minus(f"autonpo/{w}-auto", f"autonpo/{w}-grpo", STEPS) for w in WORLDS]
+    told = "; ".join(f"{world} {mean(d)}" for world, d in zip(WORLDS, auto))
+    rows.append(["AutoNPO ends above GRPO", told, all_of(*auto)])
+    return table("claim | measured | verdict", rows)

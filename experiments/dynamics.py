@@ -1,0 +1,107 @@
+"""Sections of docs/results.md: what happens along runs. AutoNPO's rollbacks, with training reward
+and entropy aligned on them; and how far the weights go."""
+
+import math
+import statistics
+
+import numpy
+
+from experiments.groups import EQUAL, against, equal_cells, mean, seeds, table, whole
+from experiments.results import Result, Runs
+
+AUTO = {"auto": "AutoNPO", "fixed": "fixed D = 40, once", "grpo": "GRPO"}
+WORLDS = "cards", "staircase"
+STEPS, BEFORE, AFTER = 200, 20, 40  # of a run; around the first rollback
+
+
+def rollbacks(run: Result) -> list[tuple[int, int]]:
+    """(step, distance) of those that rolled back."""
+    made = [(line["step"], line["distance"]) for line in run.line["decisions"]]
+    return [(step, distance) for step, distance in made if distance]
+
+
+def aligned(mine: Result, plain: Result) -> numpy.ndarray | None:
+    """(60, 2) reward and entropy minus GRPO's at the same step, for the 20 steps that were taken
+    before the first rollback and the 40 after it; nan where there is none. None without one."""
+    if not rollbacks(mine):
+        return None
+    steps = mine.line["steps"]
+    at = next(i for i, (_, rollbacks, *_) in enumerate(steps) if rollbacks)
+    theirs = {step: values for step, _, *values in plain.line["steps"]}
+    found = numpy.full((BEFORE + AFTER, 2), math.nan)
+    for place in range(max(0, at - BEFORE), min(len(steps), at + AFTER)):
+        step, _, *values = steps[place]
+        found[place - at + BEFORE] = numpy.subtract(values, theirs[step])
+    return found
+
+
+def lines_around(runs: Runs, world: str, name: str, what: int) -> numpy.ndarray:
+    """(runs, 60): of every seed that rolled back, the difference of reward (0) or entropy (1)."""
+    pairs = runs.together(f"autonpo/{world}-{name}", f"autonpo/{world}-grpo")
+    found = [lines[:, what] for pair in pairs if (lines := aligned(*pair)) is not None]
+    return numpy.array(found).reshape(len(found), BEFORE + AFTER)
+
+
+def around(runs: Runs, world: str, name: str, what: int) -> list[list[float]]:
+    """The same as means of ten steps each, of the seeds that took all ten."""
+    tens = (
+        lines_around(runs, world, name, what).reshape(-1, (BEFORE + AFTER) // 10, 10).mean(axis=2)
+    )
+    return [ten[~numpy.isnan(ten)].tolist() for ten in tens.T]
+
+
+@whole
+def autonpo(runs: Runs, group: str) -> str:
+    rows, curves = [], []
+    for world in WORLDS:
+        plain, fixed = f"{group}/{world}-grpo", f"{group}/{world}-fixed"
+        for name, label in AUTO.items():
+            row = f"{group}/{world}-{name}"
+            cells = [world, label, seeds(runs, row), mean(runs.at(row, STEPS))]
+            if row == plain:
+                rows.append(cells + [""] * 6)
+                continue
+            fired = [
+                " ".join(
+                    [f"{len(run.line['decisions'])}", *(f"{t}-{d}" for t, d in rollbacks(run))]
+                )
+                for (run,) in runs.together(row)
+            ]
+            cells += against(runs, row, (plain, fixed), STEPS)
+            rows.append([*cells, *equal_cells(runs, row, plain), "; ".join(fired)])
+            for what, measure in enumerate(("reward", "entropy")):
+                tens = around(runs, world, name, what)
+                curves.append([world, label, measure, f"{len(tens[2])}", *map(mean, tens)])
+    header = f"world | row | seeds | accuracy at {STEPS} | minus GRPO | minus fixed | {EQUAL} | "
+    spans = [f"{at - BEFORE + 1} to {at - BEFORE + 10}" for at in range(0, BEFORE + AFTER, 10)]
+    return f"""{table(header + "each run's warnings, rollbacks", rows)}
+
+`3 120-40`: three warnings, and at step 120 a rollback of 40 steps. Accuracy on the staircase is B.
+Training reward and entropy minus GRPO's at the same step, means of ten steps, counted from the
+first rollback; runs that never roll back have none:
+
+{table(f"world | row | measure | runs | {' | '.join(spans)}", curves)}"""
+
+
+def moved(runs: Runs) -> str:
+    """How far GRPO's weights go, and the exponent of that in D."""
+    lines = [
+        {tuple(m[:2]): m[2] for m in run.line["moved"]} for (run,) in runs.together("cards/grpo")
+    ]
+    if not lines:
+        return "Not run yet."
+    spans, rows = sorted({span for _, span in lines[0]}), []
+    for start in sorted({start for start, _ in lines[0]}):
+        far = [[line[start, span] for line in lines if (start, span) in line] for span in spans]
+        cells = [f"{statistics.fmean(norms):.2f}" if norms else "" for norms in far]
+        rows.append([f"{start}", *cells, mean(exponents(runs, start), 2)])
+    return table(f"t | {' | '.join(f'D = {span}' for span in spans)} | exponent of D", rows)
+
+
+def exponents(runs: Runs, start: int) -> list[float]:
+    """Of each seed: the slope of log distance over log D, 1 where it is linear."""
+    found = []
+    for (run,) in runs.together("cards/grpo"):
+        points = numpy.log([(span, norm) for t, span, norm in run.line["moved"] if t == start])
+        found.append(float(numpy.polyfit(*points.T, 1)[0]))
+    return found

@@ -1,0 +1,293 @@
+"""Sections of docs/results.md: the groups of docs/protocol.md, from their lines."""
+
+import statistics
+from collections.abc import Iterable
+
+from experiments.plan import AFTER, GROUPS, PLATEAU, RIVALS, ROWS, SCOUT, WINDOW
+from experiments.results import Result, Runs, speed_ups
+from experiments.student import bounds, detectable, geometric, interval, sameness, verdict
+
+MISSING = "not run yet"
+STUCK = 0.005  # B of a start: below it is a plateau
+END = PLATEAU + AFTER  # the last step of every arm on the staircase
+ARMS = {  # of plateau and one
+    "grpo": "GRPO",
+    "grpo-16": "GRPO, G = 16",
+    "self": "D = 0: asked again",
+    "low": "guide: B > .01",
+    "lower": "guide: B > .16",
+    "near": "near guide: B > .36",
+    "far": "far guide: B > .90",
+    "near-no-is": "near, without IS",
+    "far-no-is": "far, without IS",
+}
+FUTURES = {"grpo": "GRPO"}
+FUTURES |= {f"early-{step}": f"early, guide from step {step}" for step in (40, 80, 160)}
+FUTURES |= {f"late-{step}": f"late, guide from step {step}" for step in (80, 120, 160)}
+FUTURES |= {"late-160-no-is": "late, step 160, without IS"}
+CARDS = {"grpo": "GRPO", "grpo-16": "GRPO, G = 16", "self": "D = 0: asked again"}
+CARDS |= {f"{step}": f"guide from step {step}" for step in (10, 20, 40, 80, 160)}
+CARDS |= {
+    "teacher": "guide: teacher",
+    "40-no-is": "step 40, without IS",
+    "160-no-is": "step 160, without IS",
+    "40-slots-2": "step 40, 2 slots",
+    "40-slots-4": "step 40, 4 slots",
+}
+RIVAL = {
+    "luffy": "LUFFY",
+    "exgrpo": "ExGRPO",
+    "rlep": "RLEP",
+    "future": "NPO: step 40, gate .6",
+    "teacher": "teacher, gate .6",
+    "future-failed": "step 40, where all failed",
+    "past-failed": "step 20, where all failed",
+    "teacher-failed": "teacher, where all failed",
+}
+LAX = {"grpo": "GRPO", "40": "near: step 40", "160": "far: step 160"}
+LAX |= {"40-no-is": "near, without IS", "160-no-is": "far, without IS"}
+EQUAL = "thousand tokens | GRPO at equal tokens | minus that"
+
+
+# ---- Cells ---------------------------------------------------------------------------------------
+
+
+def table(header: str, rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([f"| {header} |", "|" + "---|" * len(header.split(" | ")), *lines])
+
+
+def mean(values: list[float], digits: int | None = None) -> str:
+    """With its interval, if there are two values; 3 digits, or 5 if all are small."""
+    if digits is None:
+        digits = 3 if max(map(abs, values), default=0) > 0.01 else 5
+    if len(values) < 2:
+        return ", ".join(f"{value:.{digits}f}" for value in values) or MISSING
+    return interval(values, digits)
+
+
+def minus(values: list[float]) -> str:
+    """Paired differences; where undecided, in brackets what could have been detected."""
+    if verdict(values) != "undecided":
+        return mean(values)
+    digits = 3 if max(map(abs, values)) > 0.01 else 5
+    return f"{mean(values)} ({detectable(values):.{digits}f})"
+
+
+def same(values: list[float]) -> str:
+    """A paired difference that should be none, with the interval of the test, and its outcome."""
+    if len(values) < 2:
+        return mean(values)
+    low, high = bounds(values, 0.90)
+    return f"{mean(values)}, 90 % [{low:z.3f}, {high:z.3f}]: {sameness(values)}"
+
+
+def ratio(values: list[float]) -> str:
+    """Geometric mean and interval."""
+    if len(values) < 2:
+        return ", ".join(f"{value:.2f}" for value in values) or MISSING
+    middle, low, high = geometric(values)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def thousands(values: list[float]) -> str:
+    return f"{statistics.fmean(values) / 1000:,.0f}" if values else MISSING
+
+
+def seeds(runs: Runs, row: str, elsewhere: int = 0) -> str:
+    """How many there are, and what is missing; so many are reported elsewhere."""
+    have, out = len(runs.of.get(row, ())), len(runs.left_out.get(row, ()))
+    wanted = len(GROUPS[row.split("/")[0]][1]) - out - elsewhere
+    text = f"{have}" if have == wanted else f"{have} of {wanted}"
+    return text + (f", {out} left out" if out else "")
+
+
+def commands(runs: Runs, group: str) -> str:
+    """Of each row's first seed."""
+    of = {row: runs.of[row] for row in ROWS if row.startswith(f"{group}/") and row in runs.of}
+    text = "\n".join(found[min(found)].line["command"] for found in of.values())
+    made = sorted({run.line["commit"] for found in of.values() for run in found.values()})
+    head = f"<details><summary>Commands of the first seeds; commits {', '.join(made)}</summary>"
+    return f"{head}\n\n```\n{text}\n```\n\n</details>"
+
+
+def whole(section):
+    """A section of a group, with its commands, or that it is not run yet."""
+
+    def made(runs: Runs, group: str) -> str:
+        if not any(row.startswith(f"{group}/") for row in runs.of):
+            return "Not run yet."
+        return f"{section(runs, group)}\n\n{commands(runs, group)}"
+
+    return made
+
+
+# ---- Measures that several tables share ----------------------------------------------------------
+
+
+def stuck(runs: Runs, of_plateau: bool = True) -> Runs:
+    """The seeds whose start is a plateau, or those whose start is none."""
+    starts = runs.of.get("plateau/start", {})
+    return runs.only([s for s, run in starts.items() if (run.accuracy < STUCK) == of_plateau])
+
+
+def left(runs: Runs, row: str) -> str:
+    """How many runs have left the plateau by the end."""
+    ends = runs.at(row, END)
+    return f"{sum(b >= STUCK for b in ends)} of {len(ends)}" if ends else MISSING
+
+
+def spent(mine: Result, plain: Result) -> int:
+    """All sampled tokens, guide included. A late run's count has those up to its start twice: as
+    its own and as its guide's, who came by it."""
+    start = mine.evals[0]["step"]
+    return mine.tokens - next(e["sampled_tokens"] for e in plain.evals if e["step"] == start)
+
+
+def at_equal_tokens(runs: Runs, row: str, plain: str) -> tuple[list[float], list[float], int]:
+    """Differences to GRPO's last evaluation before it had sampled as many tokens, GRPO's accuracies
+    there, and how many of GRPO's runs had ended before."""
+    pairs = runs.together(row, plain)
+    theirs = [b.at_tokens(spent(a, b))["eval/accuracy"] for a, b in pairs]
+    ended = sum(b.tokens < spent(a, b) for a, b in pairs)
+    return [a.accuracy - value for (a, _), value in zip(pairs, theirs)], theirs, ended
+
+
+def equal_cells(runs: Runs, row: str, plain: str) -> list[str]:
+    differences, theirs, ended = at_equal_tokens(runs, row, plain)
+    tokens = [spent(a, b) for a, b in runs.together(row, plain)]
+    note = f" ({ended} ended before)" if ended else ""
+    if row == plain:
+        return [thousands(tokens), "", ""]
+    return [thousands(tokens), mean(theirs) + note, minus(differences)]
+
+
+def against(runs: Runs, row: str, others: Iterable[str], step: int) -> list[str]:
+    """Differences at a step, none to itself."""
+    return ["" if row == other else minus(runs.minus(row, other, step)) for other in others]
+
+
+# ---- The groups ----------------------------------------------------------------------------------
+
+
+@whole
+def plateau(runs: Runs, group: str) -> str:
+    """plateau, of the seeds that start in one, or one: the arms from the start on."""
+    chosen, others = (runs, runs.only(())) if group == "one" else (stuck(runs), stuck(runs, False))
+    away = sorted(others.of.get("plateau/start", ()))
+    arms = {f"{group}/{name}": label for name, label in ARMS.items() if f"{group}/{name}" in ROWS}
+    later, rows = (END - 20, END - 10, END), []
+    for row, label in arms.items():
+        guides = [run.line["guide_b"] for (run,) in chosen.together(row) if "guide_b" in run.line]
+        cells = [label, seeds(chosen, row, len(away)), mean(guides, 2) if guides else ""]
+        cells += [mean(chosen.at(row, step)) for step in later]
+        cells += [left(chosen, row)] if group == "plateau" else []
+        rows.append(cells + against(chosen, row, (f"{group}/self", f"{group}/grpo"), END))
+    header = "arm | seeds | guide's B | " + "".join(f"B at +{s - PLATEAU} | " for s in later)
+    header += "out of the plateau | " if group == "plateau" else ""
+    header += f"minus D = 0 at +{AFTER} | minus GRPO at +{AFTER}"
+    starts = [run.accuracy for (run,) in chosen.together(f"{group}/start")]
+    near, far = f"{group}/near", f"{group}/far"
+    said = [f"B at the start: {mean(starts)} ({len(starts)} seeds)."]
+    for step in later[1:]:
+        gap = minus(chosen.minus(near, far, step))
+        said.append(f"Near minus far at +{step - PLATEAU}: {gap}.")
+    for name, row in (("Near", near), ("Far", far)):
+        if f"{row}-no-is" in ROWS:
+            gap = same(chosen.minus(f"{row}-no-is", row, END))
+            said.append(f"{name}, without IS minus with: {gap}.")
+    if away:
+        each = [
+            f"{label} {', '.join(f'{value:.3f}' for value in others.at(row, END))}"
+            for row, label in arms.items()
+            if others.at(row, END)
+        ]
+        which = ", ".join(map(str, away))
+        said.append(f"\n\nStarts in no plateau (seeds {which}), B at +{AFTER}: {'; '.join(each)}.")
+    return f"{table(header, rows)}\n\n{' '.join(said)}"
+
+
+@whole
+def future(runs: Runs, group: str) -> str:
+    """A run's own future, early and late."""
+    plain, rows = f"{group}/grpo", []
+    for name, label in FUTURES.items():
+        row = f"{group}/{name}"
+        reached = [run.reach(0.5, END) for (run,) in runs.together(row)]
+        cut = f" ({sum(cut for _, cut in reached)} cut)" if reached else ""
+        cells = [label, seeds(runs, row), mean(runs.at(row, END))]
+        cells += [mean([step for step, _ in reached], 0) + cut, *against(runs, row, (plain,), END)]
+        rows.append(cells + equal_cells(runs, row, plain))
+    header = f"row | seeds | B at step {END} | step with B > .5 | minus GRPO | {EQUAL}"
+    at = runs.at(plain, PLATEAU)
+    late = runs.minus(f"{group}/late-160-no-is", f"{group}/late-160", END)
+    stuck_runs = f"{sum(b < STUCK for b in at)} of {len(at)} runs of GRPO"
+    return f"""{table(header, rows)}
+
+At step {PLATEAU} {stuck_runs} are in a plateau (B < {STUCK}). Late, without IS minus with (the
+paper's ablation): {same(late)}."""
+
+
+@whole
+def cards(runs: Runs, group: str) -> str:
+    plain, first, second = f"{group}/grpo", [], []
+    for name, label in CARDS.items():
+        row, scout = f"{group}/{name}", int(name.split("-")[0]) if name[0].isdigit() else 0
+        cells = [label, seeds(runs, row), *(mean(runs.at(row, step)) for step in (20, 40, WINDOW))]
+        first.append(cells + against(runs, row, (plain, f"{group}/self"), WINDOW))
+        if row != plain:
+            speeds, cut = speed_ups(runs.together(row, plain))
+            cells = [label, ratio(speeds) + (f" ({cut} cut)" if cut else "")]
+            cells.append(ratio(speed_ups(runs.together(row, plain), scout)[0]) if scout else "")
+            second.append(cells + equal_cells(runs, row, plain))
+    header = f"row | seeds | accuracy at 20 | at 40 | at {WINDOW} | minus GRPO | minus D = 0"
+    costs = f"row | GRPO's steps over its | scout's steps counted | {EQUAL}"
+    guides = [f"{step}: {mean(runs.at(plain, step))}" for step in (10, 20, 40, 80, 160)]
+    near, far = f"{group}/40", f"{group}/160"
+    gaps = [f"at {step} {minus(runs.minus(near, far, step))}" for step in (20, 40, WINDOW)]
+    without = [same(runs.minus(f"{row}-no-is", row, WINDOW)) for row in (near, far)]
+    return f"""{table(header, first)}
+
+The guides' own accuracy, by step: {"; ".join(guides)}. Near (step 40) minus far (160):
+{"; ".join(gaps)}. Without IS minus with, at {WINDOW}: step 40 {without[0]}; step 160 {without[1]}.
+
+{table(costs, second)}
+
+GRPO's steps to its own accuracy at step {SCOUT}, over the row's; {WINDOW} where a row is *cut*,
+since it has not got there. The teacher's own training is not counted."""
+
+
+@whole
+def rivals(runs: Runs, group: str) -> str:
+    plain, both = "cards/grpo", runs.only(GROUPS[group][1])
+    rows = [["GRPO", f"{len(both.at(plain, RIVALS))}", mean(both.at(plain, RIVALS))] + [""] * 5]
+    for name, label in RIVAL.items():
+        row = f"{group}/{name}"
+        cells = [label, seeds(runs, row), mean(runs.at(row, RIVALS))]
+        cells += against(runs, row, (plain, f"{group}/future"), RIVALS)
+        rows.append(cells + equal_cells(runs, row, plain))
+    return table(f"row | seeds | accuracy at {RIVALS} | minus GRPO | minus NPO | {EQUAL}", rows)
+
+
+@whole
+def lax(runs: Runs, group: str) -> str:
+    plain, rows = f"{group}/grpo", []
+    for name, label in LAX.items():
+        row = f"{group}/{name}"
+        share = "" if row == plain else mean(lucky_shares(runs, row), 2)
+        cells = [label, seeds(runs, row), share, mean(runs.at(row, WINDOW))]
+        rows.append(cells + against(runs, row, (plain,), WINDOW))
+    near, far = f"{group}/40", f"{group}/160"
+    without = [same(runs.minus(f"{row}-no-is", row, WINDOW)) for row in (near, far)]
+    header = f"row | seeds | lucky share of its cache | accuracy at {WINDOW} | minus GRPO"
+    return f"""{table(header, rows)}
+
+Near minus far at {WINDOW}: {minus(runs.minus(near, far, WINDOW))}. Without IS minus with: near
+{without[0]}; far {without[1]}."""
+
+
+def lucky_shares(runs: Runs, row: str) -> list[float]:
+    return [
+        r.line["lucky"] / r.line["verified"] for (r,) in runs.together(row) if r.line["verified"]
+    ]
