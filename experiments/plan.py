@@ -8,7 +8,8 @@ take a checkpoint of the same seed's run of another row: {cards/grpo@40} is that
 from dataclasses import dataclass
 
 SCOUT, WINDOW, LONG = 40, 60, 200  # cards: guided steps; steps of a row; steps of plain GRPO
-PLATEAU, AFTER = 60, 40  # staircase: steps to the start; steps of every arm from there
+PLATEAU, AFTER = 60, 40  # staircase: steps to the start; steps of every arm from there ...
+LONGER = 120  # ... and of four arms: a near guide lifts B in 40 steps, but breaks out in about 80
 LEVELS = ".01", ".16", ".36", ".90"  # exact B of the guides; a borrow's q is its square root
 RIVALS = 100  # steps of the rivals
 
@@ -24,21 +25,22 @@ class Run:
 
 
 # The staircase: does a guide break a plateau, and is a near one better than a far one?
-STAIRS = f"--model staircase --steps {PLATEAU + AFTER} --eval-every 5"
-ON = f"{STAIRS} --start {{plateau/start@{PLATEAU}}}"
-GUIDED = f"npo.py {ON} --guided-until {PLATEAU + AFTER} --guide"
+ON = f"--model staircase --eval-every 5 --start {{plateau/start@{PLATEAU}}}"
+SHORT, LONG_ON = (f"{ON} --steps {PLATEAU + steps}" for steps in (AFTER, LONGER))
+GUIDED = f"npo.py {SHORT} --guided-until {PLATEAU + AFTER} --guide"
+GUIDED_ON = f"npo.py {LONG_ON} --guided-until {PLATEAU + LONGER} --guide"
 SIBLING = "grpo.py --model staircase --borrow-rate 0.05 --eval-every 2 --save-every 2"
 LOW, LOWER, NEAR, FAR = (f"{{plateau/sibling>{level}}}" for level in LEVELS)
 PLATEAUS = [
     Run("plateau/start", f"grpo.py --model staircase --steps {PLATEAU} --eval-every 10"),
     Run("plateau/sibling", f"{SIBLING} --steps {{steps}}", 20, (60, 90, 120, 150, 200, 250, 300)),
-    Run("plateau/near", f"{GUIDED} {NEAR}"),
-    Run("plateau/far", f"{GUIDED} {FAR}"),
-    Run("plateau/self", f"{GUIDED} self"),
-    Run("plateau/grpo", f"grpo.py {ON}"),
+    Run("plateau/near", f"{GUIDED_ON} {NEAR}"),
+    Run("plateau/far", f"{GUIDED_ON} {FAR}"),
+    Run("plateau/self", f"{GUIDED_ON} self"),
+    Run("plateau/grpo", f"grpo.py {LONG_ON}"),
     Run("plateau/near-no-is", f"{GUIDED} {NEAR} --no-is-correction"),
     Run("plateau/far-no-is", f"{GUIDED} {FAR} --no-is-correction"),
-    Run("plateau/grpo-16", f"grpo.py {ON} --group-size 16"),
+    Run("plateau/grpo-16", f"grpo.py {SHORT} --group-size 16"),
     Run("plateau/low", f"{GUIDED} {LOW}"),
     Run("plateau/lower", f"{GUIDED} {LOWER}"),
 ]
