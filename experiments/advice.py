@@ -9,6 +9,7 @@ from experiments.difficulty import RESULTS as DIFFICULTY
 from experiments.dynamics import STEPS, WORLDS
 from experiments.groups import (
     END,
+    LATER,
     MISSING,
     STUCK,
     left,
@@ -21,7 +22,7 @@ from experiments.groups import (
     thousands,
 )
 from experiments.lucky import RESULTS as LUCKY
-from experiments.plan import AFTER, WINDOW
+from experiments.plan import AFTER, LONGER, PLATEAU, WINDOW
 from experiments.results import Runs
 from experiments.student import BARELY, SAME, sameness
 from experiments.student import verdict as of_interval
@@ -48,10 +49,10 @@ def in_short(runs: Runs) -> str:
     first, second, third, fourth = (corrected_verdict(d, p) for _, d, p in claims)
     equal, note = at_equal(runs, "cards/40")
     pays = "a guide is there already"
-    if freed(runs, "near") or freed(runs, "near-no-is"):
+    if freed(runs, "near", LATER) or freed(runs, "near-no-is", END):
         pays += " or plain GRPO would not get through"
     found = {
-        f"out of the plateau: {out_of_plateau(runs)}; near guide minus asking again": (
+        f"{out_of_plateau(runs)}; near guide minus asking again at +{AFTER}": (
             claims[0][1],
             "Whether NPO pays where a policy is stuck",
             where_stuck(runs, first),
@@ -91,24 +92,31 @@ def in_short(runs: Runs) -> str:
     )
 
 
-def freed(runs: Runs, arm: str) -> bool:
-    """Whether most of its runs leave the plateau."""
-    ends = stuck(runs).at(f"plateau/{arm}", END)
+def freed(runs: Runs, arm: str, step: int) -> bool:
+    """Whether most of its runs are out of the plateau."""
+    ends = stuck(runs).at(f"plateau/{arm}", step)
     return bool(ends) and statistics.fmean(b >= STUCK for b in ends) > 0.5
 
 
 def where_stuck(runs: Runs, verdict: str) -> str:
-    """The first sentence. `verdict` is that of near minus asking again, with IS."""
+    """The first sentence. `verdict` is that of near minus asking again, with IS, after AFTER."""
     if verdict == MISSING:
         return UNKNOWN
     why = (
         "a right answer needs two or more tokens that it almost never says, and a guide knows them"
     )
-    if freed(runs, "self"):
+    slow = freed(runs, "near", LATER) and not freed(runs, "near", END)
+    quick = freed(runs, "near-no-is", END)
+    if freed(runs, "self", LATER):
         return "**Where a policy is stuck**, asking it again frees it, too"
-    if freed(runs, "near"):
+    if slow and quick:
+        return (
+            f"**NPO pays where the policy is stuck**: {why}; it is free after {LONGER} steps, and "
+            f"without IS already after {AFTER}"
+        )
+    if freed(runs, "near", LATER) or freed(runs, "near", END):
         return f"**NPO pays where the policy is stuck**: {why}"
-    if freed(runs, "near-no-is"):
+    if quick:
         return (
             f"**NPO pays where the policy is stuck, but only without IS**: {why}; with IS they "
             "weigh p/q, next to nothing"
@@ -122,11 +130,12 @@ def where_stuck(runs: Runs, verdict: str) -> str:
 
 
 def out_of_plateau(runs: Runs) -> str:
-    """How many runs of four arms leave it within AFTER steps."""
+    """How many runs of four arms are out of it."""
     arms = {"grpo": "GRPO", "self": "asked again", "near": "near guide"}
+    late = [f"{name} {left(stuck(runs), f'plateau/{arm}', LATER)}" for arm, name in arms.items()]
     arms["near-no-is"] = "near without IS"
-    plateaus = stuck(runs)
-    return ", ".join(f"{label} {left(plateaus, f'plateau/{arm}')}" for arm, label in arms.items())
+    soon = [f"{name} {left(stuck(runs), f'plateau/{arm}', END)}" for arm, name in arms.items()]
+    return f"out of the plateau at +{AFTER}: {', '.join(soon)}; at +{LONGER}: {', '.join(late)}"
 
 
 def rarity(runs: Runs, group: str = "plateau") -> str:
@@ -175,8 +184,11 @@ def questions(runs: Runs) -> str:
         "A right answer needs one rare token (L = 1): is asking again as good?",
         ("no, a near guide is better", "yes", "yes, and it is better"),
         rarity(runs, "one"),
-        {"near minus asking again": stairs("near", "self", group="one")},
-        ("near minus far", stairs("near", "far", group="one")),
+        {
+            f"near minus asking again, +{steps}": stairs("near", "self", PLATEAU + steps, "one")
+            for steps in (AFTER, LONGER)
+        },
+        (f"near minus far, +{AFTER}", stairs("near", "far", group="one")),
     )
     ask(
         "Does a guide help that has hardly got through itself?",
@@ -194,8 +206,12 @@ def questions(runs: Runs) -> str:
     ask(
         "The policy is stuck, two rare tokens (L = 2): does a guide help?",
         ("yes", "not clearly", "no"),
-        f"{rarity(runs)}; out of the plateau: {out_of_plateau(runs)}; minus asking again",
-        {"with IS": stairs("near", "self"), "without IS": stairs("near-no-is", "self")},
+        f"{rarity(runs)}; {out_of_plateau(runs)}; near minus asking again",
+        {
+            f"with IS, +{AFTER}": stairs("near", "self"),
+            f"+{LONGER}": stairs("near", "self", LATER),
+            f"without IS, +{AFTER}": stairs("near-no-is", "self"),
+        },
     )
     ask(
         "Near or far, with IS?",
@@ -203,6 +219,7 @@ def questions(runs: Runs) -> str:
         "",
         {
             f"staircase, +{AFTER - 10}": stairs("near", "far", END - 10),
+            f"+{LONGER}": stairs("near", "far", LATER),
             "cards, step 20": cards("40", "160", 20),
             f"cards, step {WINDOW}": cards("40", "160"),
         },

@@ -18,7 +18,7 @@ from experiments.groups import (
     stuck,
     table,
 )
-from experiments.plan import AFTER, RIVALS, SCOUT, WINDOW
+from experiments.plan import AFTER, LONGER, PLATEAU, RIVALS, SCOUT, WINDOW
 from experiments.results import Runs, speed_ups
 from experiments.student import bounds, detectable, geometric, holm, p_value, sameness, sign_flip
 from experiments.student import verdict as of_interval
@@ -73,13 +73,18 @@ def primary_table(runs: Runs) -> str:
         else:
             cells += [""] * 4
         rows.append([*cells, corrected_verdict(differences, p)])
-    plateaus = stuck(runs)
-    ends = [f"{label} {left(plateaus, f'plateau/{name}')}" for name, label in ARMS.items()]
+    out = [
+        f"at +{steps} "
+        + ", ".join(
+            f"{ARMS[arm]} {left(stuck(runs), f'plateau/{arm}', PLATEAU + steps)}" for arm in arms
+        )
+        for steps, arms in ((AFTER, ARMS), (LONGER, ("grpo", "self", "near", "far")))
+    ]
     header = "claim | measure | seeds | difference | p | Holm | sign flip | detectable | verdict"
     return f"""{table(header, rows)}
 
-A difference above 0 is no breakthrough yet. Out of the plateau (B of {STUCK} or more) at +{AFTER}:
-{"; ".join(ends)}."""
+A difference above 0 is no breakthrough yet. Out of the plateau, with B of {STUCK} or more:
+{out[0]}; {out[1]}."""
 
 
 def at_equal(runs: Runs, row: str) -> tuple[list[float], str]:

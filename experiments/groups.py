@@ -3,13 +3,13 @@
 import statistics
 from collections.abc import Iterable
 
-from experiments.plan import AFTER, GROUPS, PLATEAU, RIVALS, ROWS, SCOUT, WINDOW
+from experiments.plan import AFTER, GROUPS, LONGER, PLATEAU, RIVALS, ROWS, SCOUT, WINDOW
 from experiments.results import Result, Runs, speed_ups
 from experiments.student import bounds, detectable, geometric, interval, sameness, verdict
 
 MISSING = "not run yet"
 STUCK = 0.005  # B of a start: below it is a plateau
-END = PLATEAU + AFTER  # the last step of every arm on the staircase
+END, LATER = PLATEAU + AFTER, PLATEAU + LONGER  # last steps on the staircase, LATER of four arms
 ARMS = {  # of plateau and one
     "grpo": "GRPO",
     "grpo-16": "GRPO, G = 16",
@@ -132,9 +132,9 @@ def stuck(runs: Runs, of_plateau: bool = True) -> Runs:
     return runs.only([s for s, run in starts.items() if (run.accuracy < STUCK) == of_plateau])
 
 
-def left(runs: Runs, row: str) -> str:
-    """How many runs have left the plateau by the end."""
-    ends = runs.at(row, END)
+def left(runs: Runs, row: str, step: int) -> str:
+    """How many runs are out of the plateau."""
+    ends = runs.at(row, step)
     return f"{sum(b >= STUCK for b in ends)} of {len(ends)}" if ends else MISSING
 
 
@@ -177,26 +177,30 @@ def plateau(runs: Runs, group: str) -> str:
     chosen, others = (runs, runs.only(())) if group == "one" else (stuck(runs), stuck(runs, False))
     away = sorted(others.of.get("plateau/start", ()))
     arms = {f"{group}/{name}": label for name, label in ARMS.items() if f"{group}/{name}" in ROWS}
-    later, rows = (END - 20, END - 10, END), []
+    shown, first, second = (END - 20, END - 10, END, LATER - AFTER, LATER), [], []
     for row, label in arms.items():
+        steps = [step for step in shown if step <= END or f"--steps {LATER}" in ROWS[row].command]
         guides = [run.line["guide_b"] for (run,) in chosen.together(row) if "guide_b" in run.line]
         cells = [label, seeds(chosen, row, len(away)), mean(guides, 2) if guides else ""]
-        cells += [mean(chosen.at(row, step)) for step in later]
-        cells += [left(chosen, row)] if group == "plateau" else []
-        rows.append(cells + against(chosen, row, (f"{group}/self", f"{group}/grpo"), END))
-    header = "arm | seeds | guide's B | " + "".join(f"B at +{s - PLATEAU} | " for s in later)
-    header += "out of the plateau | " if group == "plateau" else ""
-    header += f"minus D = 0 at +{AFTER} | minus GRPO at +{AFTER}"
+        cells += [mean(chosen.at(row, step)) for step in steps]
+        first.append(cells + [""] * (len(shown) - len(steps)))
+        cells = [label]
+        for step in (END, LATER):
+            gaps = against(chosen, row, (f"{group}/self", f"{group}/grpo"), step)
+            cells += [left(chosen, row, step), *gaps] if step in steps else [""] * 3
+        second.append(cells)
+    header = "arm | seeds | guide's B | " + " | ".join(f"B at +{s - PLATEAU}" for s in shown)
+    ends = [f"out at +{n} | minus D = 0 at +{n} | minus GRPO at +{n}" for n in (AFTER, LONGER)]
     starts = [run.accuracy for (run,) in chosen.together(f"{group}/start")]
     near, far = f"{group}/near", f"{group}/far"
-    said = [f"B at the start: {mean(starts)} ({len(starts)} seeds)."]
-    for step in later[1:]:
+    said = [f"B at the start: {mean(starts)} ({len(starts)} seeds). *Out*: B of {STUCK} or more."]
+    for step in (END - 10, END, LATER):
         gap = minus(chosen.minus(near, far, step))
         said.append(f"Near minus far at +{step - PLATEAU}: {gap}.")
     for name, row in (("Near", near), ("Far", far)):
         if f"{row}-no-is" in ROWS:
             gap = same(chosen.minus(f"{row}-no-is", row, END))
-            said.append(f"{name}, without IS minus with: {gap}.")
+            said.append(f"{name}, without IS minus with, at +{AFTER}: {gap}.")
     if away:
         each = [
             f"{label} {', '.join(f'{value:.3f}' for value in others.at(row, END))}"
@@ -205,7 +209,8 @@ def plateau(runs: Runs, group: str) -> str:
         ]
         which = ", ".join(map(str, away))
         said.append(f"\n\nStarts in no plateau (seeds {which}), B at +{AFTER}: {'; '.join(each)}.")
-    return f"{table(header, rows)}\n\n{' '.join(said)}"
+    tables = table(header, first), table(f"arm | {' | '.join(ends)}", second)
+    return "\n\n".join([*tables, " ".join(said)])
 
 
 @whole

@@ -30,9 +30,10 @@ class Result:
     def tokens(self) -> int:
         return self.evals[-1]["sampled_tokens"]
 
-    def at(self, step: int) -> float:
-        """Accuracy at a step that was evaluated."""
-        return next(line["eval/accuracy"] for line in self.evals if line["step"] == step)
+    def at(self, step: int) -> float | None:
+        """Accuracy at a step; None where it was not evaluated."""
+        found = [line["eval/accuracy"] for line in self.evals if line["step"] == step]
+        return found[0] if found else None
 
     def reach(self, level: float, end: int) -> tuple[float, bool]:
         """The step at which accuracy first reaches a level, and whether that is cut: `end` if it
@@ -66,12 +67,14 @@ class Runs:
         return [tuple(runs[seed] for runs in found) for seed in seeds]
 
     def at(self, row: str, step: int) -> list[float]:
-        """Every seed's accuracy at a step."""
-        return [run.at(step) for (run,) in self.together(row)]
+        """Accuracy at a step, of every seed that has got there."""
+        found = [run.at(step) for (run,) in self.together(row)]
+        return [value for value in found if value is not None]
 
     def minus(self, mine: str, theirs: str, step: int) -> list[float]:
         """Paired differences of accuracy at a step."""
-        return [a.at(step) - b.at(step) for a, b in self.together(mine, theirs)]
+        pairs = [(a.at(step), b.at(step)) for a, b in self.together(mine, theirs)]
+        return [a - b for a, b in pairs if None not in (a, b)]
 
 
 def load(folder=HERE) -> Runs:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import signal_theory
 from experiments import advice, claims, dynamics, groups, sections
-from experiments.plan import AFTER, PLATEAU, WINDOW
+from experiments.plan import LONGER, PLATEAU, WINDOW
 from experiments.results import Result, Runs, load
 from experiments.runs import HERE, ROOT
 from experiments.student import quantile
@@ -68,7 +68,7 @@ def draw_plateau(runs: Runs) -> None:
             if found := [run for (run,) in of.together(f"{group}/{name}")]:
                 curve(axes, found, groups.ARMS[name], color, shift=PLATEAU, log=True)
         title = "two borrows (L = 2)" if group == "plateau" else "one borrow (L = 1)"
-        axes.set(title=title, xlabel="steps from the start", xlim=(0, AFTER))
+        axes.set(title=title, xlabel="steps from the start", xlim=(0, LONGER))
     panels[0].set(ylabel="log10 of B, the accuracy on part B", ylim=(-5, 0))
     save(figure, "plateau.svg")
 

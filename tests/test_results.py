@@ -187,31 +187,34 @@ def test_verdicts_of_claims():
     assert claims.corrected_verdict([0.1, 0.2], 0.05) == "undecided"
 
 
-def stairs(**ends: list[float]) -> Runs:
-    """Plateau arms with these B at the end, seeds from 10 on."""
-    seeds = range(10, 10 + max(map(len, ends.values())))
-    lines = [line("plateau/start", seed, (60, 0.5, 7, 0.0001)) for seed in seeds]
+def stairs(**ends: tuple[float, ...]) -> Runs:
+    """Plateau arms of three seeds, with these B after 40 and, if there are two, 120 steps."""
+    lines = [line("plateau/start", seed, (60, 0.5, 7, 0.0001)) for seed in (10, 11, 12)]
     for name, values in ends.items():
-        row = f"plateau/{name.replace('_', '-')}"
-        for seed, b in zip(seeds, values):
-            evals = [(step, 0.5, step, b) for step in (60, 80, 90, 100)]
-            lines.append(line(row, seed, *evals, guide_b=0.4))
+        for seed, factor in ((10, 1.0), (11, 1.05), (12, 0.97)):
+            evals = [(at, 0.5, at, b * factor) for at, b in zip((100, 180), values)]
+            lines.append(line(f"plateau/{name.replace('_', '-')}", seed, *evals))
     return Runs(lines)
 
 
 def test_a_difference_that_holds_is_not_called_a_breakthrough():
-    again, small = [0.0001, 0.00012, 0.00011], [0.0004, 0.00041, 0.00043]
-    large = [0.6, 0.7, 0.8]
-    said = advice.where_stuck(stairs(self=again, near=small), "holds")
-    assert "does not free it" in said
-    said = advice.where_stuck(stairs(self=again, near=small, near_no_is=large), "holds")
-    assert "pays where the policy is stuck, but only without IS" in said
-    assert "**NPO pays" in advice.where_stuck(stairs(self=again, near=large), "holds")
-    assert "asking it again frees it" in advice.where_stuck(stairs(self=large, near=large), "holds")
-    said = advice.where_stuck(stairs(self=again, near=again), "undecided")
-    assert "not clearly better" in said
-    assert advice.where_stuck(stairs(near=large), "not run yet") == advice.UNKNOWN
-    assert "near guide 1 of 3" in advice.out_of_plateau(stairs(near=[0.004, 0.005, 0.0001]))
+    again, small, large = 0.0001, 0.0004, 0.7
+
+    def said(verdict="holds", **ends) -> str:
+        return advice.where_stuck(stairs(**ends), verdict)
+
+    assert "does not free it" in said(self=(again, again), near=(small, small))
+    only = said(self=(again, again), near=(small, small), near_no_is=(large,))
+    assert "pays where the policy is stuck, but only without IS" in only
+    late = said(self=(again, again), near=(small, large), near_no_is=(large,))
+    assert "free after 120 steps, and without IS already after 40" in late
+    assert "pays where the policy is stuck**: a" in said(self=(again, again), near=(large, large))
+    assert "asking it again frees it" in said(self=(again, large), near=(large, large))
+    assert "not clearly better" in said("undecided", self=(again,), near=(again,))
+    assert said("not run yet", near=(large,)) == advice.UNKNOWN
+    found = advice.out_of_plateau(stairs(near=(0.005, 0.1)))  # 0.005, 0.00525, 0.00485
+    assert "at +40: GRPO not run yet, asked again not run yet, near guide 2 of 3" in found
+    assert found.endswith("at +120: GRPO not run yet, asked again not run yet, near guide 3 of 3")
 
 
 def test_answers_follow_the_numbers():
@@ -240,7 +243,7 @@ def whole() -> list[dict]:
                 chance = numpy.random.default_rng([len(lines), seed])
                 end = 0.3 + 0.2 * chance.random() + 0.1 * ("guide" in command)
                 steps = range(first, last + 1, 5)
-                evals = [[s, 0.002 + end * s / last, 1600 * s + 9 * seed] for s in steps]
+                evals = [[s, 0.002 + end * s / 200, 1600 * s + 9 * seed] for s in steps]
                 if stairs:
                     evals = [[*e, 0.001 if e[0] <= 60 else e[1] ** 2] for e in evals]
                 more = {"guide_b": 0.4 + 0.01 * seed} if ">" in command else {}
