@@ -46,50 +46,58 @@ def alike(differences: list[float]) -> str:
 def in_short(runs: Runs) -> str:
     """Three sentences."""
     claims = list(primary(runs).values())
-    first, second, third, fourth = (corrected_verdict(d, p) for _, d, p in claims)
+    first, _, third, fourth = (corrected_verdict(d, p) for _, d, p in claims)
     equal, note = at_equal(runs, "cards/40")
+    saved = of_interval(equal)
+    if saved == "holds" and alike(equal) != "holds":  # ahead, but by next to nothing
+        saved = "undecided"
     pays = "a guide is there already"
     if freed(runs, "near", LATER) or freed(runs, "near-no-is", END):
         pays += " or plain GRPO would not get through"
-    found = {
-        f"{out_of_plateau(runs)}; near guide minus asking again at +{AFTER}": (
-            claims[0][1],
+    again = (
+        "**Where right answers come now and then, ask the policy itself again** (`--guide self`)"
+    )
+    sentences = [
+        sentence(
             "Whether NPO pays where a policy is stuck",
             where_stuck(runs, first),
+            f"{out_of_plateau(runs)}; near guide minus asking again at +{AFTER}",
+            claims[0][1],
         ),
-        f"NPO minus asking again, cards, step {WINDOW}": (
-            claims[3][1],
+        sentence(
             "Whether it pays where right answers come now and then",
             pick(
                 fourth,
                 "**Where right answers come now and then** it is ahead, at equal steps, of asking "
                 "the policy itself again, which needs no guide",
-                "**Where right answers come now and then, ask the policy itself again** "
-                "(`--guide self`): a future is not clearly worth more",
-                "**Where right answers come now and then, ask the policy itself again** "
-                "(`--guide self`): that is better than a future",
+                f"{again}: a future is not clearly worth more",
+                f"{again}: that is better than a future",
             ),
+            f"NPO minus asking again, cards, step {WINDOW}",
+            claims[3][1],
         ),
-        f"NPO minus GRPO at equal tokens, cards{note}": (
-            equal,
+        sentence(
             "What it costs in tokens",
             pick(
-                of_interval(equal),
+                saved,
                 "**It saves tokens, too**, with scout and cache counted",
                 "**It does not clearly save tokens**: with scout and cache counted NPO and plain "
                 "GRPO are not apart",
-                ("**It saves steps, not tokens**" if third == "holds" else "**It saves no tokens**")
-                + ": plain GRPO that samples as many as scout, cache and replay is ahead, so that "
-                f"NPO pays only if {pays}",
+                f"**It saves {'steps, not' if third == 'holds' else 'no'} tokens**: plain GRPO "
+                "that samples as many as scout, cache and replay is ahead, so that NPO pays only "
+                f"if {pays}",
             ),
+            f"NPO minus GRPO at equal tokens, cards{note}",
+            equal,
         ),
-    }
-    return " ".join(
-        f"{unknown} is {UNKNOWN}."
-        if said == UNKNOWN
-        else f"{said} ({what}: {minus(differences)}, {len(differences)} seeds)."
-        for what, (differences, unknown, said) in found.items()
-    )
+    ]
+    return " ".join(sentences)
+
+
+def sentence(topic: str, said: str, what: str, differences: list[float]) -> str:
+    if said == UNKNOWN:
+        return f"{topic} is {UNKNOWN}."
+    return f"{said} ({what}: {minus(differences)}, {len(differences)} seeds)."
 
 
 def freed(runs: Runs, arm: str, step: int) -> bool:
@@ -183,11 +191,8 @@ def questions(runs: Runs) -> str:
     ask(
         "A right answer needs one rare token (L = 1): is asking again as good?",
         ("no, a near guide is better", "yes", "yes, and it is better"),
-        rarity(runs, "one"),
-        {
-            f"near minus asking again, +{steps}": stairs("near", "self", PLATEAU + steps, "one")
-            for steps in (AFTER, LONGER)
-        },
+        f"{rarity(runs, 'one')}; near minus asking again",
+        {f"+{n}": stairs("near", "self", PLATEAU + n, "one") for n in (AFTER, LONGER)},
         (f"near minus far, +{AFTER}", stairs("near", "far", group="one")),
     )
     ask(

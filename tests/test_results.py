@@ -217,6 +217,18 @@ def test_a_difference_that_holds_is_not_called_a_breakthrough():
     assert found.endswith("at +120: GRPO not run yet, asked again not run yet, near guide 3 of 3")
 
 
+def test_a_late_replay_that_is_ahead_may_still_be_in_the_plateau():
+    def verdict(b: float) -> str:
+        lines = [line("future/grpo", s, (60, 0, 1, 0), (100, 0, 2, 0.0001)) for s in (10, 11, 12)]
+        lines += [
+            line("future/late-160", s, (60, 0, 1, 0), (100, 0, 2, b + s / 1e6)) for s in (10, 11)
+        ]
+        rows = [row for row in claims.paper(Runs(lines)).splitlines() if "a late replay" in row]
+        return rows[0].split("|")[3].strip()
+
+    assert verdict(0.0049) == "not confirmed: ahead, but not out" and verdict(0.005) == "holds"
+
+
 def test_answers_follow_the_numbers():
     words = "above", "open", "below"
     assert advice.pick("holds", *words) == "above" and advice.pick("undecided", *words) == "open"
