@@ -37,10 +37,14 @@ def pick(verdict: str, above: str, open_ended: str, below: str) -> str:
     return said.get(verdict, UNKNOWN if verdict == MISSING else verdict)
 
 
-def alike(differences: list[float]) -> str:
-    """How little they are, or else the verdict."""
-    near = {"the same": f"the same, within {SAME}", "barely changes": f"the same, within {BARELY}"}
-    return near.get(sameness(differences), of_interval(differences))
+def answer(differences: list[float], above: str, open_ended: str, below: str) -> str:
+    """The same, with how little it may be."""
+    said = pick(of_interval(differences), above, open_ended, below)
+    margin = {"the same": SAME, "barely changes": BARELY}.get(sameness(differences))
+    if margin is None:
+        return said
+    undecided = of_interval(differences) == "undecided"
+    return f"the same, within {margin}" if undecided else f"{said}, by less than {margin}"
 
 
 def in_short(runs: Runs) -> str:
@@ -49,7 +53,7 @@ def in_short(runs: Runs) -> str:
     first, _, third, fourth = (corrected_verdict(d, p) for _, d, p in claims)
     equal, note = at_equal(runs, "cards/40")
     saved = of_interval(equal)
-    if saved == "holds" and alike(equal) != "holds":  # ahead, but by next to nothing
+    if saved == "holds" and sameness(equal) != "changes":  # ahead, but by next to nothing
         saved = "undecided"
     pays = "a guide is there already"
     if freed(runs, "near", LATER) or freed(runs, "near-no-is", END):
@@ -61,7 +65,8 @@ def in_short(runs: Runs) -> str:
         sentence(
             "Whether NPO pays where a policy is stuck",
             where_stuck(runs, first),
-            f"{out_of_plateau(runs)}; near guide minus asking again at +{AFTER}",
+            f"{out_of_plateau(runs)}; near guide minus asking again at +{LONGER}: "
+            f"{minus(stuck(runs).minus('plateau/near', 'plateau/self', LATER))}; at +{AFTER}",
             claims[0][1],
         ),
         sentence(
@@ -161,8 +166,8 @@ def questions(runs: Runs) -> str:
 
     def ask(question: str, words: tuple, note: str, first: dict, *more) -> None:
         """The words answer for each of the first differences; the others stand beside them."""
-        answers = [(name, pick(alike(d), *words)) for name, d in first.items()]
-        told = [answer if len(first) == 1 else f"{name}: {answer}" for name, answer in answers]
+        answers = {name: answer(d, *words) for name, d in first.items()}
+        told = [text if len(first) == 1 else f"{name}: {text}" for name, text in answers.items()]
         shown = [f"{name} {minus(d)}" for name, d in (first | dict(more)).items()]
         rows.append([question, "; ".join(told), "; ".join([note] * bool(note) + shown)])
 
@@ -183,7 +188,7 @@ def questions(runs: Runs) -> str:
     )
     ask(
         "Right answers come now and then: is asking again as good?",
-        ("nearly: a future is better", "yes, and needs no scout", "yes, and it is better"),
+        ("no, a future is better", "yes, and needs no scout", "yes, and it is better"),
         f"cards, the base is right once in {1 / base_accuracy():.0f} answers",
         {"NPO minus asking again": cards("40", "self")},
         ("asking again minus GRPO", cards("self", "grpo")),
@@ -253,7 +258,7 @@ def base_accuracy() -> float:
 def lucky(runs: Runs) -> list[str]:
     near, far = (lucky_shares(runs, f"lax/{step}") for step in (40, 160))
     gaps = (runs.minus(f"{world}/40", f"{world}/160", WINDOW) for world in ("lax", "cards"))
-    answer = pick(
+    where = pick(
         of_interval([a - b for a, b in zip(near, far)]),
         "they sit in a near cache more than in a far one",
         "they sit in near and far caches alike",
@@ -261,17 +266,18 @@ def lucky(runs: Runs) -> list[str]:
     )
     told = [f"share of the cache, near {mean(near, 2)}, far {mean(far, 2)}"]
     told += [f"near minus far, {world} {minus(d)}" for world, d in zip(("lax", "strict"), gaps)]
-    return [f"{answer}; check the working before you trust a guide", "; ".join(told)]
+    return [f"{where}; check the working before you trust a guide", "; ".join(told)]
 
 
 def lesson(runs: Runs) -> str:
     """What was in the old caches, and in those of the reruns."""
     before = next(line for line in read_jsonl(LUCKY) if line["world"] == "cards_lax")
-    answer, measured = lucky(runs)
+    told, measured = lucky(runs)
+    again = f"Run again, {told.split(';')[0]} ({measured})."
     return (
         f"{before['lucky']} of the {before['verified']} verified answers in the guide cache of "
-        f"seed {before['seed']} were two slips that cancel. Run again, {answer.split(';')[0]}: "
-        f"{measured}."
+        f"seed {before['seed']} were two slips that cancel. "
+        + (f"The rerun is {UNKNOWN}." if told.startswith(UNKNOWN) else again)
     )
 
 

@@ -234,9 +234,12 @@ def test_answers_follow_the_numbers():
     assert advice.pick("holds", *words) == "above" and advice.pick("undecided", *words) == "open"
     assert advice.pick("not confirmed", *words) == "below"
     assert advice.pick("not run yet", *words) == "not measured yet"
-    assert advice.pick(advice.alike([0.001, 0.0012]), *words) == "the same, within 0.03"
-    assert advice.alike([0.05, 0.0501]) == "the same, within 0.06"
-    assert advice.alike([0.2, 0.201]) == "holds"
+    assert advice.answer([0.001, 0.0011], *words) == "above, by less than 0.03"
+    assert advice.answer([-0.05, -0.0501], *words) == "below, by less than 0.06"
+    assert advice.answer([0.001, -0.0012], *words) == "the same, within 0.03"
+    assert advice.answer([0.2, 0.201], *words) == "above"
+    assert advice.answer([0.2, -0.201], *words) == "open"
+    assert advice.answer([0.2], *words) == "not measured yet"
 
 
 # ---- The page ------------------------------------------------------------------------------------
