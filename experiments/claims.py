@@ -7,6 +7,7 @@ from experiments.dynamics import STEPS, WORLDS, around, exponents
 from experiments.groups import (
     ARMS,
     END,
+    LATER,
     MISSING,
     STUCK,
     at_equal_tokens,
@@ -233,8 +234,9 @@ def readme(runs: Runs) -> str:
         [name, f"{what}: {mean(differences)}", corrected_verdict(differences, p)]
         for name, (what, differences, p) in primary(runs).items()
     ]
-    out = {arm: left(stuck(runs), f"plateau/{arm}", END) for arm in ("near", "self")}
-    rows[0][1] += f"; out of it: near {out['near']}, D = 0 {out['self']}"
+    for step in (END, LATER):
+        near, again = (left(stuck(runs), f"plateau/{arm}", step) for arm in ("near", "self"))
+        rows[0][1] += f"; out of it at +{step - PLATEAU}: near {near}, D = 0 {again}"
     pairs = runs.together("cards/40", "cards/grpo")
     speeds, counted = (speed_ups(pairs, before)[0] for before in (0, SCOUT))
     told = f"GRPO's steps over NPO's {ratio(speeds)}; with the scout's {ratio(counted)}"

@@ -122,6 +122,20 @@ def test_a_run_grows_until_part_b_is_learnt_and_its_checkpoint_is_chosen_by_b(to
         assert line["guide_b"] == b
 
 
+def test_a_grown_run_goes_on_from_where_it_was(toy):
+    made(toy, [4], "sibling")  # 6, 14, 20
+    (toy / "toy.jsonl").unlink()
+    made(toy, [4], "sibling")  # 20 alone
+    assert order(toy) == ["sibling-4"] * 4
+
+
+def test_a_finished_run_is_not_started_for_its_checkpoints(toy):
+    made(toy, [3], "far")
+    (toy / "toy" / "far-3" / "summary.json").write_text("{}")
+    made(toy, [3], "near")
+    assert order(toy) == ["far-3", "near-3"]
+
+
 def test_a_run_without_its_guide_is_left_out_for_good(toy, capsys):
     assert made(toy, [4], "never") == []
     line = results(toy)["toy/never", 4]
