@@ -58,10 +58,14 @@ def table(header: str, rows: list[list[str]]) -> str:
     return "\n".join([f"| {header} |", "|" + "---|" * len(header.split(" | ")), *lines])
 
 
+def digits_of(values: list[float]) -> int:
+    """3, or 5 if all are small, as B is in a plateau."""
+    return 5 if 0 < max(map(abs, values), default=0) <= 0.01 else 3
+
+
 def mean(values: list[float], digits: int | None = None) -> str:
-    """With its interval, if there are two values; 3 digits, or 5 if all are small."""
-    if digits is None:
-        digits = 3 if max(map(abs, values), default=0) > 0.01 else 5
+    """With its interval, if there are two values."""
+    digits = digits_of(values) if digits is None else digits
     if len(values) < 2:
         return ", ".join(f"{value:.{digits}f}" for value in values) or MISSING
     return interval(values, digits)
@@ -71,8 +75,7 @@ def minus(values: list[float]) -> str:
     """Paired differences; where undecided, in brackets what could have been detected."""
     if verdict(values) != "undecided":
         return mean(values)
-    digits = 3 if max(map(abs, values)) > 0.01 else 5
-    return f"{mean(values)} ({detectable(values):.{digits}f})"
+    return f"{mean(values)} ({detectable(values):.{digits_of(values)}f})"
 
 
 def same(values: list[float]) -> str:

@@ -98,6 +98,15 @@ def test_runs_are_paired_by_seed_and_left_out_ones_are_counted():
     assert groups.seeds(runs.only([10]), "plateau/near") == "1 of 12"
 
 
+def test_small_accuracies_have_more_digits():
+    assert groups.mean([0.0001, 0.0003]).startswith("0.00020 [")
+    assert groups.mean([0.0001, 0.3]).startswith("0.150 [")
+    assert groups.mean([0.0, 0.0]) == "0.000 [0.000, 0.000]"
+    assert (groups.mean([0.25]), groups.mean([])) == ("0.250", "not run yet")
+    assert groups.minus([0.1, 0.2, 0.4]).endswith("] (0.473)")  # (4.3027 + 1.0607) 0.08819
+    assert groups.minus([0.1, 0.11, 0.12]).endswith("]")
+
+
 def test_where_runs_reach_a_level_by_hand():
     run = Result.of({"evals": [[0, 0.0, 0], [10, 0.2, 150], [20, 0.6, 300]]})
     assert run.reach(0.5, 60) == (17.5, False)  # linear between two evaluations
