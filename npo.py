@@ -147,9 +147,9 @@ def answers_for(
 
 
 def train(config: NPOConfig, out: Path, cache: GuideCache, start: str | Path | None) -> None:
-    spent = cache.spent_tokens
-    if config.start and config.guide:  # a scout's own tokens include those up to its start
-        spent += checkpoint_state(config.start)["sampled_tokens"]
+    spent, of, guide = cache.spent_tokens, config.start, config.guide
+    if of and guide and Path(of).parent != Path(guide).parent:  # one run's later step includes it
+        spent += checkpoint_state(of)["sampled_tokens"]
     with Run(config, out, start, spent) as run:
         for step in run.steps():
             groups = run.sample(step)  # P groups of G completions

@@ -16,7 +16,6 @@ from experiments.groups import (
     lucky_shares,
     mean,
     minus,
-    spent,
     stuck,
     table,
     thousands,
@@ -286,7 +285,7 @@ def costs(runs: Runs) -> list[str]:
     if not pairs:
         return [UNKNOWN, ""]
     plain = [next(e for e in b.evals if e["step"] == WINDOW)["sampled_tokens"] for _, b in pairs]
-    mine = [spent(a, b) for a, b in pairs]
+    mine = [a.tokens for a, _ in pairs]
     ratios = [a / b for a, b in zip(mine, plain)]
     answer = f"{statistics.fmean(ratios):.1f} times the tokens of as many steps of GRPO"
     told = f"cards, {WINDOW} steps: NPO {thousands(mine)}k, scout and cache counted; GRPO "

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 
 from experiments.plan import AFTER, GROUPS, LONGER, PLATEAU, RIVALS, ROWS, SCOUT, WINDOW
-from experiments.results import Result, Runs, speed_ups
+from experiments.results import Runs, speed_ups
 from experiments.student import bounds, detectable, geometric, interval, sameness, verdict
 
 MISSING = "not run yet"
@@ -141,25 +141,18 @@ def left(runs: Runs, row: str, step: int) -> str:
     return f"{sum(b >= STUCK for b in ends)} of {len(ends)}" if ends else MISSING
 
 
-def spent(mine: Result, plain: Result) -> int:
-    """All sampled tokens, guide included. A late run's count has those up to its start twice: as
-    its own and as its guide's, who came by it."""
-    start = mine.evals[0]["step"]
-    return mine.tokens - next(e["sampled_tokens"] for e in plain.evals if e["step"] == start)
-
-
 def at_equal_tokens(runs: Runs, row: str, plain: str) -> tuple[list[float], list[float], int]:
     """Differences to GRPO's last evaluation before it had sampled as many tokens, GRPO's accuracies
     there, and how many of GRPO's runs had ended before."""
     pairs = runs.together(row, plain)
-    theirs = [b.at_tokens(spent(a, b))["eval/accuracy"] for a, b in pairs]
-    ended = sum(b.tokens < spent(a, b) for a, b in pairs)
+    theirs = [b.at_tokens(a.tokens)["eval/accuracy"] for a, b in pairs]
+    ended = sum(b.tokens < a.tokens for a, b in pairs)
     return [a.accuracy - value for (a, _), value in zip(pairs, theirs)], theirs, ended
 
 
 def equal_cells(runs: Runs, row: str, plain: str) -> list[str]:
     differences, theirs, ended = at_equal_tokens(runs, row, plain)
-    tokens = [spent(a, b) for a, b in runs.together(row, plain)]
+    tokens = [a.tokens for a, _ in runs.together(row, plain)]
     note = f" ({ended} ended before)" if ended else ""
     if row == plain:
         return [thousands(tokens), "", ""]

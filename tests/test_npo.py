@@ -456,6 +456,18 @@ def test_a_guided_run_may_start_in_another_run_than_its_guides(early, tiny, tmp_
     assert [line["step"] for line in read_jsonl(tmp_path / "scout/metrics.jsonl")] == [1, 2, 3]
 
 
+def test_one_runs_later_step_includes_the_tokens_of_its_start(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("verifier.is_correct", lucky)
+    grpo.train(GRPOConfig(steps=3, **tiny | {"save_every": 1}), tmp_path / "scout")
+    start, guide = (str(checkpoint_path(tmp_path / "scout", step)) for step in (1, 3))
+    config = NPOConfig(steps=3, **tiny, **GUIDED, start=start, guide=guide)
+    npo.intervene(config, tmp_path / "run")
+    _, *lines = read_jsonl(tmp_path / "run/guide.jsonl")
+    cache = sum(line["sampled_tokens"] for line in lines)
+    found = read_jsonl(tmp_path / "run/metrics.jsonl")[0]["sampled_tokens"]
+    assert found == checkpoint_state(guide)["sampled_tokens"] + cache
+
+
 def test_a_start_of_another_model_is_refused(tiny, tmp_path):
     lax = tmp_path / "lax"
     shutil.copytree(cards.LAX, lax)
