@@ -184,7 +184,8 @@ def plateau(runs: Runs, group: str) -> str:
         for step in (END, LATER):
             gaps = against(chosen, row, (f"{group}/self", f"{group}/grpo"), step)
             cells += [left(chosen, row, step), *gaps] if step in steps else [""] * 3
-        second.append(cells)
+        times = ratio(chosen.over(row, f"{group}/self", END))
+        second.append([*cells, "" if row == f"{group}/self" else times])
     header = "arm | seeds | guide's B | " + " | ".join(f"B at +{s - PLATEAU}" for s in shown)
     ends = [f"out at +{n} | minus D = 0 at +{n} | minus GRPO at +{n}" for n in (AFTER, LONGER)]
     starts = [run.accuracy for (run,) in chosen.together(f"{group}/start")]
@@ -192,7 +193,8 @@ def plateau(runs: Runs, group: str) -> str:
     said = [f"B at the start: {mean(starts)} ({len(starts)} seeds). *Out*: B of {STUCK} or more."]
     for step in (END - 10, END, LATER):
         gap = minus(chosen.minus(near, far, step))
-        said.append(f"Near minus far at +{step - PLATEAU}: {gap}.")
+        factor = ratio(chosen.over(near, far, step))
+        said.append(f"Near minus far at +{step - PLATEAU}: {gap}; near over far: {factor}.")
     for name, row in (("Near", near), ("Far", far)):
         if f"{row}-no-is" in ROWS:
             gap = same(chosen.minus(f"{row}-no-is", row, END))
@@ -205,6 +207,7 @@ def plateau(runs: Runs, group: str) -> str:
         ]
         which = ", ".join(map(str, away))
         said.append(f"\n\nStarts in no plateau (seeds {which}), B at +{AFTER}: {'; '.join(each)}.")
+    ends.append(f"over D = 0's at +{AFTER}, a factor")
     tables = table(header, first), table(f"arm | {' | '.join(ends)}", second)
     return "\n\n".join([*tables, " ".join(said)])
 

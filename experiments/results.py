@@ -76,6 +76,11 @@ class Runs:
         pairs = [(a.at(step), b.at(step)) for a, b in self.together(mine, theirs)]
         return [a - b for a, b in pairs if None not in (a, b)]
 
+    def over(self, mine: str, theirs: str, step: int) -> list[float]:
+        """The same as ratios: of accuracies that grow by a factor, from small ones on."""
+        pairs = [(a.at(step), b.at(step)) for a, b in self.together(mine, theirs)]
+        return [a / b for a, b in pairs if None not in (a, b)]
+
 
 def load(folder=HERE) -> Runs:
     """The reported seeds' lines of all groups."""

@@ -92,6 +92,7 @@ def test_runs_are_paired_by_seed_and_left_out_ones_are_counted():
     lines.append({"row": "plateau/near", "seed": 14, "left_out": "never", "commit": "abc"})
     runs = Runs(lines)
     assert runs.minus("plateau/near", "plateau/far", 100) == [10 / 64 - 0.125, 12 / 64 - 0.125]
+    assert runs.over("plateau/near", "plateau/far", 100) == [10 / 8, 12 / 8]
     assert runs.at("plateau/near", 60) == [0, 0]  # B, not the whole accuracy
     assert groups.seeds(runs, "plateau/near") == "2 of 11, 1 left out"
     assert groups.seeds(runs, "plateau/far", elsewhere=2) == "3 of 10"
