@@ -109,6 +109,7 @@ def test_the_base_is_small_and_rarely_right(base):
     assert all(c.finished for group in groups for c in group.completions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shipped"), [("base", cards.BASE), ("teacher", cards.TEACHER)])
 def test_a_model_can_be_rebuilt(tmp_path, command, name, shipped):
     """Three steps give other weights, but the same architecture, tokens and number format."""

@@ -49,11 +49,11 @@ def launch(script: Path, count: int, *words, check: bool = True, **environment) 
         line.append(str(count))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
     line += [str(script), *map(str, words)]
-    with tempfile.TemporaryFile("w+") as told:
-        streams = {"stdout": told, "stderr": told, "stdin": subprocess.DEVNULL}
+    with tempfile.TemporaryFile("w+") as file:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         done = subprocess.run(line, env=environment, cwd=ROOT, **streams)
-        told.seek(0)
-        told = told.read()
+        file.seek(0)
+        told = file.read()
     if check is not None:
         assert (done.returncode == 0) == check, told[-3000:]
     return told
