@@ -46,10 +46,10 @@ PLATEAUS = [
 ]
 
 # A run's own future, early and late. GRPO goes on, for as many tokens as the others sample
-OWN = "npo.py --model staircase --borrow-rate 0.008 --eval-every 5"
+OWN = "npo.py --model staircase --borrow-rate 0.02 --eval-every 5"
 FROM = f"--start {{future/grpo@{PLATEAU}}} --steps {PLATEAU + AFTER} --guide"
 FUTURES = [
-    Run("future/grpo", f"grpo.{OWN.removeprefix('npo.')} --steps 300"),
+    Run("future/grpo", f"grpo.{OWN.removeprefix('npo.')} --steps 240"),
     *(Run(f"future/early-{d}", f"{OWN} --steps 100 --guide {{future/grpo@{d}}}") for d in (40, 80)),
     Run("future/early-160", f"{OWN} --steps 100 --guide {{future/grpo@160}}"),
     *(Run(f"future/late-{step}", f"{OWN} {FROM} {{future/grpo@{step}}}") for step in (80, 120)),
@@ -115,12 +115,12 @@ RIVAL_ROWS = [
 # AutoNPO; a fixed distance, once; and going on
 FIXED = "--save-every 40 --max-distance 40 --cooldown 1000"
 AUTO = [
-    Run(f"autonpo/{world}-{name}", f"{command} --model {world} --eval-every 10")
-    for world in ("cards", "staircase")
+    Run(f"autonpo/{world}-{name}", f"{command} --model {flags} --eval-every 10")
+    for world, flags in (("cards", "cards"), ("staircase", "staircase --borrow-rate 0.02"))
     for name, command in (
         ("auto", "autonpo.py --steps 200"),
         ("fixed", f"autonpo.py --steps 200 {FIXED}"),
-        ("grpo", "grpo.py --steps 400"),
+        ("grpo", "grpo.py --steps 300"),
     )
 ]
 
