@@ -9,10 +9,11 @@ Runs that differ in nothing but the seed are one curve: their mean, with a band 
 import statistics
 from pathlib import Path
 
+from scipy import stats
+
 from plumbing import UsageError
 from plumbing.command import stored_config, stored_json
 from plumbing.files import file_hashes, read_jsonl
-from plumbing.metrics import bounds
 from plumbing.run import current_lineage
 from plumbing.settings import MAY_CHANGE_ON_RESUME
 
@@ -78,8 +79,8 @@ def band(curves: list[dict[int, float]]) -> list[tuple[int, float, float]]:
     found = []
     for step in sorted(set.intersection(*map(set, curves))):
         values = [curve[step] for curve in curves]
-        mean = statistics.fmean(values)
-        found.append((step, mean, bounds(values)[1] - mean if len(values) > 1 else 0.0))
+        half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else 0.0
+        found.append((step, statistics.fmean(values), float(half)))
     return found
 
 

@@ -20,7 +20,6 @@ import torch
 
 import npo
 import verifier
-from experiments import decisive_tokens
 from experiments.method_figure import method_figure
 from experiments.runs import HERE, ROOT, RUNS, commit
 from experiments.sections import table
@@ -129,6 +128,22 @@ def measured(config: NPOConfig, out: Path) -> dict:
 # -------------------------------------------------------------------------------------- the page
 
 
+def carried(pieces: list[str]) -> list[bool]:
+    """For each token: is it a digit, but not the last, of a total that a carry has changed?"""
+    marks, places, total, added = [False] * len(pieces), [], None, None
+    for i, piece in enumerate([*pieces, " "]):
+        if piece.isdigit():
+            places.append(i)
+            continue
+        if places:  # a number has ended
+            if added is not None and total % 10 + added > 9:
+                for place in places[:-1]:
+                    marks[place] = True
+            total, places = int("".join(pieces[place] for place in places)), []
+        added = int(piece[2]) if piece.startswith(" +") else None
+    return marks
+
+
 def decisive(ratios: list[float]) -> list[int]:
     """Places of the tokens on which policy and guide differ most: the farthest, at most MOST."""
     far = [place for place, ratio in enumerate(ratios) if abs(ratio - 1) > FAR]
@@ -163,7 +178,7 @@ def page(slot: dict) -> str:
     """All of docs/one_step.md."""
     config, tokens, p, q = NPOConfig(), slot["tokens"], slot["p"], slot["q"]
     rewards, ratios = [*slot["rewards"][:-1], slot["guide_reward"]], [a / b for a, b in zip(p, q)]
-    mixed, carries = advantages(rewards), decisive_tokens.decisive(tokens)
+    mixed, carries = advantages(rewards), carried(tokens)
     left, chosen = gradient_left(ratios, mixed[-1], config), decisive(ratios)
     columns = [p, *(slot["after"][name] for name in LABELS)]
     told, moved = [], []

@@ -14,8 +14,6 @@ from plumbing.rollout import Group, Sample
 LOGGED_AS = {"low": "clip_ratio/low_mean", "high": "clip_ratio/high_mean"}  # TRL's names
 IS_CAP = 2.0  # upper limit of a token's weight pi_trainer / q_vllm; TRL's default is 3
 
-T_975 = (0, 0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # [n]
-
 
 class UpdateStats:
     """Adds up what an update sees: means over its optimizer steps, and over all of their tokens."""
@@ -182,10 +180,3 @@ def transcript(step: int, groups: list[Group], mixed: list[Group]) -> dict:
     if after:
         line |= {"guide": after.text, "source": after.source}
     return line
-
-
-def bounds(values: list[float]) -> tuple[float, float]:
-    """Of the mean's 95 % interval over seeds, by Student's t."""
-    t = T_975[min(len(values), len(T_975) - 1)]  # beyond the table a little too large
-    half = t * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values) - half, statistics.fmean(values) + half

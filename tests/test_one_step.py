@@ -63,6 +63,20 @@ def test_a_page_by_hand():
     assert row in shown and "slot of its step 13, where\nall 3 answers" in shown
 
 
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        (r"\boxed{27 +8= 35 +5= 40}", "0 00 0 10 0 10 0"),
+        (r"\boxed{42 +3= 45 +9= 44}", "0 00 0 00 0 10 0"),  # of a wrong total, too
+        (r"27 +3= 30 +5= 35 \boxed{27 +8= 35}", "00 0 10 0 00 0 0 00 0 10 0"),  # the teacher's
+        (r"98 +7= 105 +1= 106", "00 0 110 0 000"),
+    ],
+)
+def test_digits_that_a_carry_changes(base, text, marks):
+    pieces = base.tokenizer.tokenize(text)
+    assert one_step.carried(pieces) == [mark == "1" for mark in marks.replace(" ", "")]
+
+
 def test_the_decisive_tokens_by_hand():
     assert one_step.decisive([1.0, 0.96, 1.04, 0.94, 1.06]) == [3, 4]
     # by the logarithm 0.5 is farther than 1.9: of six the four farthest, in their order

