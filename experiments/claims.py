@@ -3,7 +3,7 @@ measured and its verdict."""
 
 import statistics
 
-from experiments.dynamics import STEPS, WORLDS, around, exponents
+from experiments.dynamics import STEPS, WORLDS, around, curves, exponents
 from experiments.groups import (
     ARMS,
     END,
@@ -21,6 +21,7 @@ from experiments.groups import (
 )
 from experiments.plan import AFTER, LONGER, PLATEAU, RIVALS, SCOUT, WINDOW
 from experiments.results import Runs, speed_ups
+from experiments.signal_curve import STARTS
 from experiments.student import bounds, detectable, geometric, holm, p_value, sameness, sign_flip
 from experiments.student import verdict as of_interval
 
@@ -134,6 +135,41 @@ def best_guides(runs: Runs) -> str:
     return ", ".join(f"{guide} in {best.count(guide)}" for guide in guides) if best else MISSING
 
 
+def signal_rows(start: int) -> list[list[str]]:
+    """The claims on Q, V and S, of policies at one t."""
+    found = {key: curves(start, key) for key in ("quality", "kl", "S")}
+    if not found["S"]:
+        return [[f"Q, V and S from t = {start}", MISSING, MISSING]]
+
+    def differences(key: str, first: int, second: int, per_step: bool = False) -> list[float]:
+        by = (first, second) if per_step else (1, 1)
+        return [b / by[1] - a / by[0] for a, b in zip(found[key][first], found[key][second])]
+
+    def row(claim: str, what: str, *of: list[float]) -> list[str]:
+        return [claim, f"t = {start}, {what}: {'; '.join(map(minus, of))}", all_of(*of)]
+
+    gain = differences("quality", 20, 40), differences("quality", 0, 20)
+    late = differences("quality", 80, 160), differences("quality", 40, 80)
+    slower = [-value for value in differences("kl", 20, 160, per_step=True)]
+    return [
+        row("Q rises with the distance", "D = 160 minus 10", differences("quality", 10, 160)),
+        row("Q is concave", "gain from D = 0 to 20 minus 20 to 40", subtracted(*gain)),
+        row("Q saturates", "gain from 40 to 80 minus 80 to 160", subtracted(*late)),
+        row("V grows with D", "log V^ at D = 160 minus 10", differences("kl", 10, 160)),
+        row("at most like exp(beta D)", "log V^ / D at D = 20 minus 160", slower),
+        row(
+            "S peaks at a near distance",
+            "S^ at D = 40 minus 10, and minus 160",
+            differences("S", 10, 40),
+            differences("S", 160, 40),
+        ),
+    ]
+
+
+def subtracted(later: list[float], earlier: list[float]) -> list[float]:
+    return [a - b for a, b in zip(earlier, later)]
+
+
 def paper(runs: Runs) -> str:
     """Every claim, with those that are not tested here."""
     rows, plateaus = [], stuck(runs)
@@ -172,26 +208,16 @@ def paper(runs: Runs) -> str:
     rows[-1].append(sameness(without))
     untested("LUFFY without importance sampling collapses", "no such row")
 
-    curve = {step: runs.at("cards/grpo", step) for step in (0, 10, 20, 40, 80, 120, 160)}
-    rise = [b - a for a, b in zip(curve[10], curve[160])]
-    add("Q rises with the distance", "a guide's accuracy, step 160 minus 10", rise)
-    bend = [2 * b - a - c for a, b, c in zip(curve[0], curve[20], curve[40])]
-    add("Q is concave", "its gain from 0 to 20 minus that from 20 to 40", bend)
-    late_gain = zip(curve[40], curve[80], curve[120], curve[160])
-    bend = [(b - a) - (d - c) for a, b, c, d in late_gain]
-    add("Q saturates", "its gain from 40 to 80 minus that from 120 to 160", bend)
+    for start in STARTS:
+        rows += signal_rows(start)
     for start in (20, 100):
         found = exponents(runs, start)
         text = f"exponent of D from step {start}: {mean(found, 2)}"
         rows.append(["weights move linearly in D", text, linear_verdict(found)])
-    untested(
-        "V grows with D, at most like exp(beta D)",
-        "V is not measured in these runs; see the law below",
-    )
     peak = cards("40", "10"), cards("40", "160")
-    add("S peaks at a near distance", "cards, step 40 minus 10, and minus 160", *peak)
+    add("training gains most where S peaks, near", "cards, step 40 minus 10, and minus 160", *peak)
     near = [plateaus.minus("plateau/near", f"plateau/{name}", END - 10) for name in ("low", "far")]
-    add("S peaks at a near distance", f"plateau, +{AFTER - 10}, near minus B > .01, far", *near)
+    add("the same", f"plateau, +{AFTER - 10}, near minus B > .01, far", *near)
     text = f"the best guide's step at {WINDOW}, seeds: {best_guides(runs)}"
     rows.append(["D* is about 20 from the base, 70 later", text, "steps of a toy"])
 

@@ -1,5 +1,5 @@
 """Sections of docs/results.md: what happens along runs. AutoNPO's rollbacks, with training reward
-and entropy aligned on them; and how far the weights go."""
+and entropy aligned on them; how far the weights go; and Q, V and S of a run's checkpoints."""
 
 import math
 import statistics
@@ -8,6 +8,8 @@ import numpy
 
 from experiments.groups import EQUAL, against, equal_cells, mean, seeds, table, whole
 from experiments.results import Result, Runs
+from experiments.signal_curve import DISTANCES, RESULTS, STARTS
+from plumbing.files import read_jsonl
 
 AUTO = {"auto": "AutoNPO", "fixed": "fixed D = 40, once", "grpo": "GRPO"}
 WORLDS = "cards", "staircase"
@@ -106,3 +108,40 @@ def exponents(runs: Runs, start: int) -> list[float]:
         points = numpy.log([(span, norm) for t, span, norm in run.line["moved"] if t == start])
         found.append(float(numpy.polyfit(*points.T, 1)[0]))
     return found
+
+
+def curves(start: int, key: str) -> dict[int, list[float]]:
+    """Of experiments/signal_curve.jsonl, for the policy at `start`: {distance: a value per seed}."""
+    lines = [line for line in read_jsonl(RESULTS) if line["t"] == start]
+    of = {d: [line for line in lines if line["distance"] == d] for d in DISTANCES}
+    return {d: [measures(line)[key] for line in found] for d, found in of.items() if found}
+
+
+def measures(line: dict) -> dict[str, float]:
+    """With V^ and S^ of AutoNPO for c = 1, those for c = an answer's length, and pull^."""
+    per_token, per_answer = math.exp(line["kl"]), math.exp(line["answer_kl"])
+    found = {"V": per_token, "S": line["quality"] / per_token}
+    found |= {"V of answers": per_answer, "S of answers": line["quality"] / per_answer}
+    return line | found | {"pull": line["quality"] * line["weight"]}
+
+
+def signals() -> str:
+    """Q, V and S by distance."""
+    keys = "quality", "V", "S", "V of answers", "S of answers", "right", "weight", "pull"
+    rows, best = [], []
+    for start in STARTS:
+        columns = [curves(start, key) for key in keys]
+        for distance in columns[0]:
+            rows.append([f"{start}", f"{distance}", *(mean(of[distance]) for of in columns)])
+        for key, of in zip(keys, columns):
+            if of and key in ("S", "S of answers", "pull"):
+                each = zip(*[of[d] for d in DISTANCES if d])
+                largest = [DISTANCES[1 + values.index(max(values))] for values in each]
+                where = [f"{d} in {largest.count(d)}" for d in DISTANCES if d in largest]
+                best.append(f"{key}, t = {start}: {', '.join(where)}")
+    if not rows:
+        return "Not run yet."
+    header = "t | D | Q | V^ | S^ | V^, c = length | S^, c = length | w² of right | weight | pull^"
+    return f"""{table(header, rows)}
+
+Seeds in which each is largest (D > 0): {"; ".join(best)}."""

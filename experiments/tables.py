@@ -121,8 +121,7 @@ def save(figure: Figure, name: str) -> None:
 def results_page(runs: Runs) -> str:
     """All of docs/results.md."""
     return TEMPLATE.read_text().format(
-        in_short=advice.in_short(runs),
-        questions=advice.questions(runs),
+        **advice.numbers(runs),
         primary=claims.primary_table(runs),
         paper=claims.paper(runs),
         plateau=groups.plateau(runs, "plateau"),
@@ -130,10 +129,10 @@ def results_page(runs: Runs) -> str:
         future=groups.future(runs, "future"),
         cards=groups.cards(runs, "cards"),
         moved=dynamics.moved(runs),
+        signals=dynamics.signals(),
         rivals=groups.rivals(runs, "rivals"),
         lax=groups.lax(runs, "lax"),
         autonpo=dynamics.autonpo(runs, "autonpo"),
-        lesson=advice.lesson(runs),
         trl=sections.through_trl(),
         difficulty=sections.difficulties(),
         lucky=sections.lucky_shares(),
