@@ -111,7 +111,7 @@ def exponents(runs: Runs, start: int) -> list[float]:
 
 
 def curves(start: int, key: str) -> dict[int, list[float]]:
-    """Of experiments/signal_curve.jsonl, for the policy at `start`: {distance: a value per seed}."""
+    """Of experiments/signal_curve.jsonl, policies at `start`: {distance: a value of each seed}."""
     lines = [line for line in read_jsonl(RESULTS) if line["t"] == start]
     of = {d: [line for line in lines if line["distance"] == d] for d in DISTANCES}
     return {d: [measures(line)[key] for line in found] for d, found in of.items() if found}

@@ -271,7 +271,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time [2]")
     args = parser.parse_args()
     rows, seeds, file = GROUPS[args.group]
-    chosen = [run for run in rows if not args.rows or run.row.split("/")[1] in args.rows]
+    of = {run.row.split("/")[1]: run for run in rows}
+    if unknown := set(args.rows or ()) - of.keys():
+        parser.error(f"--rows {' '.join(sorted(unknown))}: {args.group} has {', '.join(of)}")
+    chosen = [run for name, run in of.items() if not args.rows or name in args.rows]
     runs, results = planned(chosen, args.seeds or seeds), HERE / f"{file}.jsonl"
     lines, bases = read_jsonl(results), {base_model(run) for run in ROWS.values()}
     if any(line["base"] not in bases for line in lines):

@@ -6,6 +6,7 @@ committed lines alone. What is not run yet says so.
 
 import contextlib
 import re
+import sys
 
 import matplotlib
 import numpy
@@ -148,13 +149,16 @@ def readme_with_rows(text: str, runs: Runs) -> str:
 
 def main() -> None:
     runs, readme = load(), ROOT / "README.md"
-    (DOCS / "results.md").write_text(results_page(runs))
+    page = results_page(runs)
+    (DOCS / "results.md").write_text(page)
     readme.write_text(readme_with_rows(readme.read_text(), runs))
     draw_plateau(runs)
     draw_early(runs)
     draw_autonpo(runs)
     with contextlib.redirect_stdout(None):
         draw_law(signal_theory.print_law(), DOCS / "figures" / "law.png")
+    if advice.OTHERWISE in page:
+        sys.exit(f"error: docs/results.md has sentences that do not fit, see {advice.OTHERWISE}")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,12 @@ def test_main_takes_the_reported_seeds_and_some_rows(toy, monkeypatch):
     assert set(results(toy)) == {("toy/near", 3), ("toy/near", 4)}
 
 
+def test_main_names_the_rows_of_a_group(toy, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        start(monkeypatch, "toy", "--rows", "nearer", "near")
+    assert "--rows nearer: toy has " in capsys.readouterr().err
+
+
 def test_main_does_not_mix_two_worlds(toy, monkeypatch, capsys):
     (toy / "toy.jsonl").write_text('{"row": "toy/far", "seed": 3, "base": "another"}\n')
     with pytest.raises(SystemExit):
