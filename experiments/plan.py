@@ -87,11 +87,12 @@ CARD_ROWS = [
     Run("cards/40-slots-2", f"{CARDS} {{cards/grpo@40}} --slots 2"),
     Run("cards/40-slots-4", f"{CARDS} {{cards/grpo@40}} --slots 4"),
 ]
-LAX = f"{CARDS} {{lax/grpo@"
+# Sampled evaluations cost as much as sixteen steps each
+LAX = "--model cards_lax --eval-every 20"
 LAXES = [
-    Run("lax/grpo", "grpo.py --model cards_lax --steps 160"),
+    Run("lax/grpo", f"grpo.py {LAX} --steps 160"),
     *(
-        Run(f"lax/{step}{name}", f"{LAX}{step}}} --model cards_lax{flag}")
+        Run(f"lax/{step}{name}", f"{CARDS} {{lax/grpo@{step}}} {LAX}{flag}")
         for step in (40, 160)
         for name, flag in (("", ""), ("-no-is", " --no-is-correction"))
     ),
