@@ -68,7 +68,7 @@ def faster(runs: Runs, row: str, scout: str = "0") -> str:
     return groups.ratio(speed_ups(runs.together(row, "cards/grpo"), int(scout))[0])
 
 
-def lucky(runs: Runs, row: str) -> str:
+def lucky_share(runs: Runs, row: str) -> str:
     """[row]: the share of its cache's verified answers that are lucky."""
     return groups.mean(groups.lucky_shares(runs, row), 2)
 
@@ -85,5 +85,5 @@ class Asked:
 
 def numbers(runs: Runs) -> dict[str, Asked]:
     """By their names in the template."""
-    every = minus, equal, out, accuracy, tokens, faster, lucky
+    every = minus, equal, out, accuracy, tokens, faster, lucky_share
     return {find.__name__: Asked(find, runs) for find in every}

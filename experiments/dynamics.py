@@ -118,16 +118,15 @@ def curves(start: int, key: str) -> dict[int, list[float]]:
 
 
 def measures(line: dict) -> dict[str, float]:
-    """With V^ and S^ of AutoNPO for c = 1, those for c = an answer's length, and pull^."""
-    per_token, per_answer = math.exp(line["kl"]), math.exp(line["answer_kl"])
-    found = {"V": per_token, "S": line["quality"] / per_token}
-    found |= {"V of answers": per_answer, "S of answers": line["quality"] / per_answer}
-    return line | found | {"pull": line["quality"] * line["weight"]}
+    """With V^ and S^ of AutoNPO for c = 1, S^ for c = an answer's length, and pull^."""
+    quality, v = line["quality"], math.exp(line["kl"])
+    found = {"V": v, "S": quality / v, "S of answers": quality / math.exp(line["answer_kl"])}
+    return line | found | {"pull": quality * line["weight"]}
 
 
 def signals() -> str:
     """Q, V and S by distance."""
-    keys = "quality", "V", "S", "V of answers", "S of answers", "right", "weight", "pull"
+    keys = "quality", "V", "S", "answer_kl", "S of answers", "right", "pull"
     rows, best = [], []
     for start in STARTS:
         columns = [curves(start, key) for key in keys]
@@ -141,7 +140,7 @@ def signals() -> str:
                 best.append(f"{key}, t = {start}: {', '.join(where)}")
     if not rows:
         return "Not run yet."
-    header = "t | D | Q | V^ | S^ | V^, c = length | S^, c = length | w² of right | weight | pull^"
+    header = "t | D | Q | V^ | S^ | KL of an answer | S^, c = length | w² of right | pull^"
     return f"""{table(header, rows)}
 
 Seeds in which each is largest (D > 0): {"; ".join(best)}."""

@@ -252,7 +252,7 @@ def test_tokens_and_speed_in_prose_by_hand():
     assert "{faster[cards/40 @40]}".format(**told) == "0.67 [0.67, 0.67]"
     assert "{equal[cards/40]:holds}".format(**told) == "0.200 [0.200, 0.200]"
     assert (
-        "{accuracy[cards/40 @20]}, {lucky[lax/40]}".format(**told) == "0.200 [0.200, 0.200], 0.25"
+        "{accuracy[cards/40 @20]}, {lucky_share[lax/40]}".format(**told) == "0.200 [0.200, 0.200], 0.25"
     )
 
 
