@@ -137,7 +137,7 @@ def best_guides(runs: Runs) -> str:
 
 def signal_rows(start: int) -> list[list[str]]:
     """The claims on Q, V and S, of policies at one t."""
-    found = {key: curves(start, key) for key in ("quality", "kl", "S")}
+    found = {key: curves(start, key) for key in ("quality", "kl", "S", "S of answers")}
     if not found["S"]:
         return [[f"Q, V and S from t = {start}", MISSING, MISSING]]
 
@@ -157,11 +157,14 @@ def signal_rows(start: int) -> list[list[str]]:
         row("Q saturates", "gain from 40 to 80 minus 80 to 160", subtracted(*late)),
         row("V grows with D", "log V^ at D = 160 minus 10", differences("kl", 10, 160)),
         row("at most like exp(beta D)", "log V^ / D at D = 20 minus 160", slower),
-        row(
-            "S peaks at a near distance",
-            "S^ at D = 40 minus 10, and minus 160",
-            differences("S", 10, 40),
-            differences("S", 160, 40),
+        *(
+            row(
+                "S peaks at a near distance",
+                f"S^{what} at D = 10 minus 0, and minus 160",
+                differences(key, 0, 10),
+                differences(key, 160, 10),
+            )
+            for key, what in (("S", ""), ("S of answers", ", c = length,"))
         ),
     ]
 

@@ -45,16 +45,23 @@ PLATEAUS = [
     Run("plateau/lower", f"{GUIDED} {LOWER}"),
 ]
 
-# A run's own future, early and late. GRPO goes on, for as many tokens as the others sample
-OWN = "npo.py --model staircase --borrow-rate 0.02 --eval-every 5"
-FROM = f"--start {{future/grpo@{PLATEAU}}} --steps {PLATEAU + AFTER} --guide"
+# A run's own future, early and late. GRPO goes on for as many tokens as early-80 or late-160
+# samples, the guide's answers to 8 prompts a step included
+OWN, END = "--model staircase --borrow-rate 0.02 --eval-every 5", PLATEAU + AFTER
+LATE = f"--start {{future/grpo@{PLATEAU}}}"
+
+
+def own(step: int, flags: str = "") -> str:
+    """Guided by the run's own checkpoint up to its step, but not beyond the end."""
+    until = f"--steps {END} --guided-until {min(step, END)}"
+    return " ".join(f"npo.py {OWN} {flags} {until} --guide {{future/grpo@{step}}}".split())
+
+
 FUTURES = [
-    Run("future/grpo", f"grpo.{OWN.removeprefix('npo.')} --steps 240"),
-    *(Run(f"future/early-{d}", f"{OWN} --steps 100 --guide {{future/grpo@{d}}}") for d in (40, 80)),
-    Run("future/early-160", f"{OWN} --steps 100 --guide {{future/grpo@160}}"),
-    *(Run(f"future/late-{step}", f"{OWN} {FROM} {{future/grpo@{step}}}") for step in (80, 120)),
-    Run("future/late-160", f"{OWN} {FROM} {{future/grpo@160}}"),
-    Run("future/late-160-no-is", f"{OWN} {FROM} {{future/grpo@160}} --no-is-correction"),
+    Run("future/grpo", f"grpo.py {OWN} --steps 260"),
+    *(Run(f"future/early-{step}", own(step)) for step in (40, 80, 160)),
+    *(Run(f"future/late-{step}", own(step, LATE)) for step in (80, 120, 160)),
+    Run("future/late-160-no-is", own(160, f"{LATE} --no-is-correction")),
 ]
 
 # The counter-example: one decisive token
