@@ -18,9 +18,10 @@ its own past:
        V^(D) = exp(c KL(pi(t) || pi(t-D))), KL a mean per token, c = --kl-scale
        D*    = argmax Q^(D) / V^(D)
 
-   "Within the last D steps" is all of them. Another reading is the steps from
-   t - D to the next checkpoint alone: `pool.since` in `decide`. For small steps
-   this KL equals its reverse, the theory's, to second order.
+   Here "within the last D steps" means all failures after step t - D; another
+   reading takes those up to the next checkpoint alone: see `pool.since` in
+   `decide`. For small steps this KL equals its reverse, the theory's, to second
+   order.
 
 5. *Execution*: the current policy's verified answers to the prompts that
    failed within D* fill a guide cache. Weights and optimizer go back to
@@ -79,7 +80,7 @@ class AutoNPOConfig(GuidedConfig):
     probe_prompts: int = 128  # of the pool, asked to confirm; not in our sources
     probe_samples: int = 4  # answers to each; not in our sources
     confirm_pass_rate: float = 0.2  # of the probe, to confirm the warning; not in our sources
-    kl_scale: float = 1.0  # c in V^ = exp(c KL per token); 25: of 25 tokens; not in our sources
+    kl_scale: float = 1.0  # c in V^: 1 for a token's drift, 25 for 25 tokens'; not in our sources
     cooldown: int = 30  # steps without a warning after a probe or replay; not in our sources
 
     def check(self) -> None:
@@ -193,8 +194,8 @@ def cache_path(out: Path, guide_step: int) -> Path:
 def select_rollback(quality: dict[int, float], variance: dict[int, float]) -> int:
     """D* = argmax Q^(D) / V^(D) over the distances in both; of equals the nearest.
 
-    0 means stay: there is no candidate, or nothing is solved at any of them. The law of
-    signal_theory.py would have the log's pull^ here, Q^ times the weight that `drift_since` finds.
+    0 means stay: there is no candidate, or nothing is solved at any of them. The log's pull^ weighs
+    Q^ as the law of signal_theory.py does: not over V^, but times the weight of `drift_since`.
     """
     both = sorted(quality.keys() & variance.keys())
     signals = {d: signal(quality[d], variance[d]) for d in both}
@@ -277,7 +278,7 @@ def decide(run: Run, pool: MistakePool, reason: str, config: AutoNPOConfig) -> D
             continue
         quality[distance] = q = statistics.fmean(of_slice)
         kl, weight = drift_since(list(groups.values()), run.policy_at(path), config)
-        variance[distance] = v = math.exp(config.kl_scale * kl)
+        variance[distance] = v = math.exp(min(config.kl_scale * kl, 700.0))  # beyond it overflows
         row = {"distance": distance, "prompts": len(of_slice), "quality": q, "variance": v}
         made.table.append(row | {"signal": signal(q, v), "pull": q * weight})
     made.distance = select_rollback(quality, variance)

@@ -151,8 +151,9 @@ def update(
             loss, per_token = loss_of(policy, micro_batch, config, *size)
             loss.backward()
             stats.add(micro_batch, loss, per_token)
-        for parameter in policy.parameters() if not samples else ():
-            parameter.grad = torch.zeros_like(parameter)
+        if not samples:
+            for parameter in policy.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         stats.end_step(norm)  # stops the run if loss or gradient is not finite
         optimizer.step()

@@ -147,9 +147,12 @@ def answers_for(
 
 
 def train(config: NPOConfig, out: Path, cache: GuideCache, start: str | Path | None) -> None:
-    spent, of, guide = cache.spent_tokens, config.start, config.guide
-    if of and guide and Path(of).parent != Path(guide).parent:  # one run's later step includes it
-        spent += checkpoint_state(of)["sampled_tokens"]
+    spent = cache.spent_tokens
+    if config.start and config.guide:
+        of_start = checkpoint_state(config.start)["sampled_tokens"]
+        runs = {Path(path).resolve().parent for path in (config.start, config.guide)}
+        of_guide = spent - cache.sampled_tokens  # one run's later step includes the earlier one's
+        spent += of_start if len(runs) > 1 else max(0, of_start - of_guide)
     with Run(config, out, start, spent) as run:
         for step in run.steps():
             groups = run.sample(step)  # P groups of G completions

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from experiments import groups
 from experiments.plan import WINDOW
-from experiments.results import Runs, speed_ups
+from experiments.results import Runs
 from experiments.student import sameness, verdict
 
 OTHERWISE = "BUT THE LINES SAY"
@@ -40,9 +40,9 @@ def minus(runs: Runs, mine: str, theirs: str, step: str) -> Quoted:
     return Quoted.of(of.minus(mine, theirs, int(step)))
 
 
-def equal(runs: Runs, row: str) -> Quoted:
-    """[row]: minus its group's GRPO at equal tokens."""
-    found, _, ended = groups.at_equal_tokens(runs, row, f"{row.split('/')[0]}/grpo")
+def equal(runs: Runs, row: str, plain: str) -> Quoted:
+    """[row - GRPO's row]: the difference at equal tokens."""
+    found, _, ended = groups.at_equal_tokens(runs, row, plain)
     return Quoted.of(found, f"; in {ended} of {len(found)} GRPO had fewer" if ended else "")
 
 
@@ -51,21 +51,12 @@ def out(runs: Runs, row: str, step: str) -> str:
     return groups.left(groups.stuck(runs) if row.startswith("plateau/") else runs, row, int(step))
 
 
-def accuracy(runs: Runs, row: str, step: str) -> str:
-    return groups.mean(runs.at(row, int(step)))
-
-
-def tokens(runs: Runs, row: str) -> str:
-    """[row]: how many times those of as many steps of GRPO, with everything counted."""
-    pairs = runs.together(row, f"{row.split('/')[0]}/grpo")
+def tokens(runs: Runs, row: str, plain: str) -> str:
+    """[row - GRPO's row]: how many times the tokens of as many steps, everything counted."""
+    pairs = runs.together(row, plain)
     plain = [next(e for e in b.evals if e["step"] == WINDOW) for _, b in pairs]
     ratios = [a.tokens / line["sampled_tokens"] for (a, _), line in zip(pairs, plain)]
     return f"{statistics.fmean(ratios):.1f}" if ratios else groups.MISSING
-
-
-def faster(runs: Runs, row: str, scout: str = "0") -> str:
-    """[row @scout]: GRPO's steps to its accuracy at 40 over the row's and the scout's."""
-    return groups.ratio(speed_ups(runs.together(row, "cards/grpo"), int(scout))[0])
 
 
 def lucky_share(runs: Runs, row: str) -> str:
@@ -85,5 +76,5 @@ class Asked:
 
 def numbers(runs: Runs) -> dict[str, Asked]:
     """By their names in the template."""
-    every = minus, equal, out, accuracy, tokens, faster, lucky_share
+    every = minus, equal, out, tokens, lucky_share
     return {find.__name__: Asked(find, runs) for find in every}

@@ -22,23 +22,26 @@ def rollbacks(run: Result) -> list[tuple[int, int]]:
     return [(step, distance) for step, distance in made if distance]
 
 
+MEASURES = "reward", "entropy", "reward minus GRPO's", "entropy minus GRPO's"
+
+
 def aligned(mine: Result, plain: Result) -> numpy.ndarray | None:
-    """(60, 2) reward and entropy minus GRPO's at the same step, for the 20 steps that were taken
-    before the first rollback and the 40 after it; nan where there is none. None without one."""
+    """(60, 4) MEASURES, GRPO's at the same step, of the 20 steps that were taken before the first
+    rollback and of the 40 after it; nan where there is none. None without a rollback."""
     if not rollbacks(mine):
         return None
     steps = mine.line["steps"]
     at = next(i for i, (_, rollbacks, *_) in enumerate(steps) if rollbacks)
     theirs = {step: values for step, _, *values in plain.line["steps"]}
-    found = numpy.full((BEFORE + AFTER, 2), math.nan)
+    found = numpy.full((BEFORE + AFTER, len(MEASURES)), math.nan)
     for place in range(max(0, at - BEFORE), min(len(steps), at + AFTER)):
         step, _, *values = steps[place]
-        found[place - at + BEFORE] = numpy.subtract(values, theirs[step])
+        found[place - at + BEFORE] = [*values, *numpy.subtract(values, theirs[step])]
     return found
 
 
 def lines_around(runs: Runs, world: str, name: str, what: int) -> numpy.ndarray:
-    """(runs, 60): of every seed that rolled back, the difference of reward (0) or entropy (1)."""
+    """(runs, 60): one of MEASURES for every seed that rolled back."""
     pairs = runs.together(f"autonpo/{world}-{name}", f"autonpo/{world}-grpo")
     found = [lines[:, what] for pair in pairs if (lines := aligned(*pair)) is not None]
     return numpy.array(found).reshape(len(found), BEFORE + AFTER)
@@ -71,7 +74,7 @@ def autonpo(runs: Runs, group: str) -> str:
             ]
             cells += against(runs, row, (plain, fixed), STEPS)
             rows.append([*cells, *equal_cells(runs, row, plain), "; ".join(fired)])
-            for what, measure in enumerate(("reward", "entropy")):
+            for what, measure in enumerate(MEASURES):
                 tens = around(runs, world, name, what)
                 cells = [mean(ten) if ten else "" for ten in tens]
                 curves.append([world, label, measure, f"{len(tens[2])}", *cells])
@@ -80,8 +83,8 @@ def autonpo(runs: Runs, group: str) -> str:
     return f"""{table(header + "each run's warnings, rollbacks", rows)}
 
 `3 120-40`: three warnings, and at step 120 a rollback of 40 steps. Accuracy on the staircase is B.
-Training reward and entropy minus GRPO's at the same step, means of ten steps, counted from the
-first rollback; runs that never roll back have none:
+Training reward and entropy of the policy's own answers, in means of ten steps, counted from the
+first rollback; GRPO's are those of the same step. Runs that never roll back have none:
 
 {table(f"world | row | measure | runs | {' | '.join(spans)}", curves)}"""
 
@@ -102,10 +105,11 @@ def moved(runs: Runs) -> str:
 
 
 def exponents(runs: Runs, start: int) -> list[float]:
-    """Of each seed: the slope of log distance over log D, 1 where it is linear."""
+    """Of each seed: the slope of log distance over log D up to 100, 1 where it is linear."""
     found = []
     for (run,) in runs.together("cards/grpo"):
-        points = numpy.log([(span, norm) for t, span, norm in run.line["moved"] if t == start])
+        moved = [(span, norm) for t, span, norm in run.line["moved"] if t == start and span <= 100]
+        points = numpy.log(moved)
         found.append(float(numpy.polyfit(*points.T, 1)[0]))
     return found
 
@@ -121,26 +125,28 @@ def measures(line: dict) -> dict[str, float]:
     """With V^ and S^ of AutoNPO for c = 1, S^ for c = an answer's length, and pull^."""
     quality, v = line["quality"], math.exp(line["kl"])
     found = {"V": v, "S": quality / v, "S of answers": quality / math.exp(line["answer_kl"])}
-    return line | found | {"pull": quality * line["weight"]}
+    return line | found | {"pull": quality * (line["weight"] or 0)}  # None: nothing is solved
 
 
 def signals() -> str:
     """Q, V and S by distance."""
     keys = "quality", "V", "S", "answer_kl", "S of answers", "right", "pull"
+    peaks = {"S": "S^", "S of answers": "S^, c = length", "pull": "pull^"}
     rows, best = [], []
     for start in STARTS:
         columns = [curves(start, key) for key in keys]
         for distance in columns[0]:
-            rows.append([f"{start}", f"{distance}", *(mean(of[distance]) for of in columns)])
+            known = [[v for v in of[distance] if v is not None] for of in columns]
+            rows.append([f"{start}", f"{distance}", *map(mean, known)])
         for key, of in zip(keys, columns):
-            if of and key in ("S", "S of answers", "pull"):
+            if of and key in peaks:
                 each = zip(*[of[d] for d in DISTANCES if d])
                 largest = [DISTANCES[1 + values.index(max(values))] for values in each]
                 where = [f"{d} in {largest.count(d)}" for d in DISTANCES if d in largest]
-                best.append(f"{key}, t = {start}: {', '.join(where)}")
+                best.append(f"{peaks[key]}, t = {start}: {', '.join(where)}")
     if not rows:
         return "Not run yet."
     header = "t | D | Q | V^ | S^ | KL of an answer | S^, c = length | w² of right | pull^"
     return f"""{table(header, rows)}
 
-Seeds in which each is largest (D > 0): {"; ".join(best)}."""
+Number of seeds in which each is largest at D = ... (D > 0): {"; ".join(best)}."""

@@ -59,8 +59,8 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def digits_of(values: list[float]) -> int:
-    """3, or 5 if all are small, as B is in a plateau."""
-    return 5 if 0 < max(map(abs, values), default=0) <= 0.01 else 3
+    """3, or 5 where the mean is small, as that of B is in a plateau."""
+    return 5 if values and 0 < abs(statistics.fmean(values)) <= 0.01 else 3
 
 
 def mean(values: list[float], digits: int | None = None) -> str:
@@ -72,7 +72,7 @@ def mean(values: list[float], digits: int | None = None) -> str:
 
 
 def minus(values: list[float]) -> str:
-    """Paired differences; where undecided, in brackets what could have been detected."""
+    """Paired differences; where undecided, in parentheses what could have been detected."""
     if verdict(values) != "undecided":
         return mean(values)
     return f"{mean(values)} ({detectable(values):.{digits_of(values)}f})"
@@ -89,13 +89,23 @@ def same(values: list[float]) -> str:
 def ratio(values: list[float]) -> str:
     """Geometric mean and interval."""
     if len(values) < 2:
-        return ", ".join(f"{value:.2f}" for value in values) or MISSING
+        return ", ".join(f"{value:.3g}" for value in values) or MISSING
     middle, low, high = geometric(values)
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def thousands(values: list[float]) -> str:
     return f"{statistics.fmean(values) / 1000:,.0f}" if values else MISSING
+
+
+def steps_to(reached: list[tuple[float, bool]], start: int = 0) -> str:
+    """The mean of what `Result.reach` finds, and how many runs are cut at the window's end."""
+    cut = sum(cut for _, cut in reached)
+    return (
+        mean([step - start for step, _ in reached], 0) + f" ({cut} cut)" * bool(cut)
+        if reached
+        else ""
+    )
 
 
 def seeds(runs: Runs, row: str, elsewhere: int = 0) -> str:
@@ -177,9 +187,10 @@ def plateau(runs: Runs, group: str) -> str:
     for row, label in arms.items():
         steps = [step for step in shown if step <= END or f"--steps {LATER}" in ROWS[row].command]
         guides = [run.line["guide_b"] for (run,) in chosen.together(row) if "guide_b" in run.line]
-        cells = [label, seeds(chosen, row, len(away)), mean(guides, 2) if guides else ""]
-        cells += [mean(chosen.at(row, step)) for step in steps]
-        first.append(cells + [""] * (len(shown) - len(steps)))
+        cells = [label, seeds(chosen, row, len(away)), mean(guides, 3) if guides else ""]
+        cells += [mean(chosen.at(row, step)) for step in steps] + [""] * (len(shown) - len(steps))
+        until = [run.reach(0.5, LATER) for (run,) in chosen.together(row) if LATER in steps]
+        first.append([*cells, steps_to(until, PLATEAU)])
         cells = [label]
         for step in (END, LATER):
             gaps = against(chosen, row, (f"{group}/self", f"{group}/grpo"), step)
@@ -187,11 +198,12 @@ def plateau(runs: Runs, group: str) -> str:
         times = ratio(chosen.over(row, f"{group}/self", END))
         second.append([*cells, "" if row == f"{group}/self" else times])
     header = "arm | seeds | guide's B | " + " | ".join(f"B at +{s - PLATEAU}" for s in shown)
+    header += " | steps to B > .5"
     ends = [f"out at +{n} | minus D = 0 at +{n} | minus GRPO at +{n}" for n in (AFTER, LONGER)]
     starts = [run.accuracy for (run,) in chosen.together(f"{group}/start")]
     near, far = f"{group}/near", f"{group}/far"
     said = [f"B at the start: {mean(starts)} ({len(starts)} seeds). *Out*: B of {STUCK} or more."]
-    for step in (END - 10, END, LATER):
+    for step in (END - 10, END, LATER - AFTER, LATER):
         gap = minus(chosen.minus(near, far, step))
         factor = ratio(chosen.over(near, far, step))
         said.append(f"Near minus far at +{step - PLATEAU}: {gap}; near over far: {factor}.")
@@ -212,25 +224,30 @@ def plateau(runs: Runs, group: str) -> str:
     return "\n\n".join([*tables, " ".join(said)])
 
 
+def late(runs: Runs) -> Runs:
+    """The seeds whose own run is in a plateau when it is gone back to."""
+    plain = runs.together("future/grpo")
+    return runs.only([run.line["seed"] for (run,) in plain if run.at(PLATEAU) < STUCK])
+
+
 @whole
 def future(runs: Runs, group: str) -> str:
-    """A run's own future, early and late."""
+    """A run's own future, early and late; late ones of the seeds that start in a plateau."""
     plain, rows = f"{group}/grpo", []
     for name, label in FUTURES.items():
-        row = f"{group}/{name}"
-        reached = [run.reach(0.5, END) for (run,) in runs.together(row)]
-        cut = f" ({sum(cut for _, cut in reached)} cut)" if reached else ""
-        cells = [label, seeds(runs, row), mean(runs.at(row, END))]
-        cells += [mean([step for step, _ in reached], 0) + cut, *against(runs, row, (plain,), END)]
-        rows.append(cells + equal_cells(runs, row, plain))
-    header = f"row | seeds | B at step {END} | step with B > .5 | minus GRPO | {EQUAL}"
-    at = runs.at(plain, PLATEAU)
-    late = runs.minus(f"{group}/late-160-no-is", f"{group}/late-160", END)
-    stuck_runs = f"{sum(b < STUCK for b in at)} of {len(at)} runs of GRPO"
+        row, of = f"{group}/{name}", late(runs) if name.startswith("late") else runs
+        reached = steps_to([run.reach(0.5, END) for (run,) in of.together(row)])
+        cells = [label, f"{len(of.together(row))}", mean(of.at(row, END)), left(of, row, END)]
+        cells += [reached, *against(of, row, (plain,), END)]
+        rows.append(cells + equal_cells(of, row, plain))
+    header = f"row | seeds | B at step {END} | out | step with B > .5 | minus GRPO | {EQUAL}"
+    of, away = late(runs), runs.at(plain, PLATEAU)
+    without = same(of.minus(f"{group}/late-160-no-is", f"{group}/late-160", END))
     return f"""{table(header, rows)}
 
-At step {PLATEAU} {stuck_runs} are in a plateau (B < {STUCK}). Late, without IS minus with (the
-paper's ablation): {same(late)}."""
+*Late* rows are of the {len(of.together(plain))} of {len(away)} seeds whose GRPO is in a plateau at
+step {PLATEAU} (B < {STUCK}); of these, at step {END}, GRPO has B = {mean(of.at(plain, END))}. Late,
+without IS minus with (the paper's ablation): {without}."""
 
 
 @whole

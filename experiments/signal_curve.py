@@ -6,11 +6,11 @@ The policy is the base or step 40 of a run (t), a guide is its checkpoint t + D;
 policy again. The policy answers the 128 prompts of the steps after t, 8 times each. To those that
 it *fails*, with no right answer, the guide gives 8 answers, and over these
 
-    quality    Q: the share of the failed prompts with a right answer
+    quality    Q: the share of the failed prompts with a right answer among the 8
     kl         KL(guide || policy) per token, in nats; AutoNPO's V^ is its exp
     answer_kl  the same per answer; its exp is V^ with `--kl-scale` at an answer's length
     right      mean w^2 of the right answers, w = p/q of a whole answer
-    weight     mean of the right answers' smallest token ratio p/q: AutoNPO's pull^ is Q times that
+    weight     mean of the right answers' smallest token ratio p/q; Q times that is pull^
 
 The lines in experiments/signal_curve.jsonl are of the reported seeds; docs/results.md shows them.
 """
@@ -51,8 +51,8 @@ def ask(policy: Policy, prompts: list[Prompt], config: NPOConfig, *key) -> list[
 
 @torch.no_grad()
 def signal_of(policy: Policy, answered: list[Group]) -> dict:
-    """The docstring's five numbers of a guide's answers to prompts that the policy fails; without a
-    right answer `right` and `weight` are 0."""
+    """The docstring's five numbers of a guide's answers to prompts that the policy fails; `right`
+    and `weight` are None without a right answer."""
     rows = [(group.encoded, c) for group in answered for c in group.completions]
     per_answer, tokens, squares, smallest = [], 0, [], []
     for some in batched(rows, 8 * CHUNK):
@@ -61,16 +61,16 @@ def signal_of(policy: Policy, answered: list[Group]) -> dict:
             logratios = [a - b for a, b in zip(mine, c.behavior_logprobs)]
             per_answer.append(-sum(logratios))
             tokens += len(logratios)
-            if c.accuracy and c.finished:
+            if c.accuracy:
                 squares.append(math.exp(2 * sum(logratios)))
                 smallest.append(math.exp(min(logratios)))
-    solved = [any(c.accuracy and c.finished for c in group.completions) for group in answered]
+    solved = [bool(group.verified) for group in answered]
     return {
         "quality": statistics.fmean(solved),
         "kl": sum(per_answer) / tokens,
         "answer_kl": statistics.fmean(per_answer),
-        "right": statistics.fmean(squares or [0.0]),
-        "weight": statistics.fmean(smallest or [0.0]),
+        "right": statistics.fmean(squares) if squares else None,
+        "weight": statistics.fmean(smallest) if smallest else None,
     }
 
 
@@ -91,7 +91,7 @@ def measure(seed: int, start: int) -> list[dict]:
     failed, lines = [group.prompt for group in own if group.pass_rate == 0], []
     for distance in DISTANCES:
         answered = ask(policy_at(start + distance), failed, config, start, distance)
-        found = {name: float(f"{v:.5g}") for name, v in signal_of(policy, answered).items()}
+        found = {key: v and float(f"{v:.5g}") for key, v in signal_of(policy, answered).items()}
         line = {"seed": seed, "t": start, "distance": distance, "commit": commit()}
         lines.append(line | {"failed": len(failed)} | found)
     return lines

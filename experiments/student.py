@@ -67,7 +67,7 @@ def verdict(differences: list[float]) -> str:
     if len(differences) < 2:
         return "not run yet"
     low, high = bounds(differences)
-    return "holds" if low > 0 else "not confirmed" if high < 0 else "undecided"
+    return "holds" if low > 0 else "reversed" if high < 0 else "undecided"
 
 
 def sameness(differences: list[float]) -> str:

@@ -91,7 +91,7 @@ def draw_autonpo(runs: Runs) -> None:
     """Training reward and entropy minus GRPO's, by steps from the first rollback."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes_of_world, world in zip(figure.subplots(2, 2), dynamics.WORLDS):
-        for what, (axes, measure) in enumerate(zip(axes_of_world, ("reward", "entropy"))):
+        for axes, what in zip(axes_of_world, (2, 3)):
             for name, color in (("auto", "C1"), ("fixed", "C0")):
                 if (found := dynamics.lines_around(runs, world, name, what)).size:
                     tens = found.reshape(len(found), -1, 10).mean(axis=2)
@@ -101,7 +101,7 @@ def draw_autonpo(runs: Runs) -> None:
                     axes.plot(where, tens.T, color=color, lw=0.5, alpha=0.4)
             axes.axvline(0, color="black", lw=0.5)
             axes.axhline(0, color="black", lw=0.5)
-            axes.set(title=f"{world}: {measure} minus GRPO's", xlabel="steps from the rollback")
+            axes.set(title=f"{world}: {dynamics.MEASURES[what]}", xlabel="steps from the rollback")
     save(figure, "autonpo.svg")
 
 
