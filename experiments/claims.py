@@ -5,7 +5,7 @@ import statistics
 
 from experiments.dynamics import STEPS, WORLDS, around, curves, exponents
 from experiments.groups import (
-    ARMS,
+    ARM_LABELS,
     END,
     LATER,
     MISSING,
@@ -81,9 +81,10 @@ def primary_table(runs: Runs) -> str:
     out = [
         f"at +{steps} "
         + ", ".join(
-            f"{ARMS[arm]} {left(stuck(runs), f'plateau/{arm}', PLATEAU + steps)}" for arm in arms
+            f"{ARM_LABELS[arm]} {left(stuck(runs), f'plateau/{arm}', PLATEAU + steps)}"
+            for arm in arms
         )
-        for steps, arms in ((AFTER, ARMS), (LONGER, ("grpo", "self", "near", "far")))
+        for steps, arms in ((AFTER, ARM_LABELS), (LONGER, ("grpo", "self", "near", "far")))
     ]
     header = "claim | measure | seeds | difference | p | Holm | sign flip | detectable | verdict"
     return f"""{table(header, rows)}

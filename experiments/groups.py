@@ -10,7 +10,7 @@ from experiments.student import bounds, detectable, geometric, interval, samenes
 MISSING = "not run yet"
 STUCK = 0.005  # B of a start: below it is a plateau
 END, LATER = PLATEAU + AFTER, PLATEAU + LONGER  # last steps on the staircase, LATER of four arms
-ARMS = {  # of plateau and one
+ARM_LABELS = {  # of plateau and one
     "grpo": "GRPO",
     "grpo-16": "GRPO, G = 16",
     "self": "D = 0: asked again",
@@ -21,20 +21,20 @@ ARMS = {  # of plateau and one
     "near-no-is": "near, without IS",
     "far-no-is": "far, without IS",
 }
-FUTURES = {"grpo": "GRPO"}
-FUTURES |= {f"early-{step}": f"early, guide from step {step}" for step in (40, 80, 160)}
-FUTURES |= {f"late-{step}": f"late, guide from step {step}" for step in (80, 120, 160)}
-FUTURES |= {"late-160-no-is": "late, step 160, without IS"}
-CARDS = {"grpo": "GRPO", "grpo-16": "GRPO, G = 16", "self": "D = 0: asked again"}
-CARDS |= {f"{step}": f"guide from step {step}" for step in (10, 20, 40, 80, 160)}
-CARDS |= {
+FUTURE_LABELS = {"grpo": "GRPO"}
+FUTURE_LABELS |= {f"early-{step}": f"early, guide from step {step}" for step in (40, 80, 160)}
+FUTURE_LABELS |= {f"late-{step}": f"late, guide from step {step}" for step in (80, 120, 160)}
+FUTURE_LABELS |= {"late-160-no-is": "late, step 160, without IS"}
+CARD_LABELS = {"grpo": "GRPO", "grpo-16": "GRPO, G = 16", "self": "D = 0: asked again"}
+CARD_LABELS |= {f"{step}": f"guide from step {step}" for step in (10, 20, 40, 80, 160)}
+CARD_LABELS |= {
     "teacher": "guide: teacher",
     "40-no-is": "step 40, without IS",
     "160-no-is": "step 160, without IS",
     "40-slots-2": "step 40, 2 slots",
     "40-slots-4": "step 40, 4 slots",
 }
-RIVAL = {
+RIVAL_LABELS = {
     "luffy": "LUFFY",
     "exgrpo": "ExGRPO",
     "rlep": "RLEP",
@@ -44,8 +44,8 @@ RIVAL = {
     "past-failed": "step 20, where all failed",
     "teacher-failed": "teacher, where all failed",
 }
-LAX = {"grpo": "GRPO", "40": "near: step 40", "160": "far: step 160"}
-LAX |= {"40-no-is": "near, without IS", "160-no-is": "far, without IS"}
+LAX_LABELS = {"grpo": "GRPO", "40": "near: step 40", "160": "far: step 160"}
+LAX_LABELS |= {"40-no-is": "near, without IS", "160-no-is": "far, without IS"}
 EQUAL = "thousand tokens | GRPO at equal tokens | minus that"
 
 
@@ -182,7 +182,9 @@ def plateau(runs: Runs, group: str) -> str:
     """plateau, of the seeds that start in one, or one: the arms from the start on."""
     chosen, others = (runs, runs.only(())) if group == "one" else (stuck(runs), stuck(runs, False))
     away = sorted(others.of.get("plateau/start", ()))
-    arms = {f"{group}/{name}": label for name, label in ARMS.items() if f"{group}/{name}" in ROWS}
+    arms = {
+        f"{group}/{name}": label for name, label in ARM_LABELS.items() if f"{group}/{name}" in ROWS
+    }
     shown, first, second = (END - 20, END - 10, END, LATER - AFTER, LATER), [], []
     for row, label in arms.items():
         steps = [step for step in shown if step <= END or f"--steps {LATER}" in ROWS[row].command]
@@ -234,7 +236,7 @@ def late(runs: Runs) -> Runs:
 def future(runs: Runs, group: str) -> str:
     """A run's own future, early and late; late ones of the seeds that start in a plateau."""
     plain, rows = f"{group}/grpo", []
-    for name, label in FUTURES.items():
+    for name, label in FUTURE_LABELS.items():
         row, of = f"{group}/{name}", late(runs) if name.startswith("late") else runs
         reached = steps_to([run.reach(0.5, END) for (run,) in of.together(row)])
         cells = [label, f"{len(of.together(row))}", mean(of.at(row, END)), left(of, row, END)]
@@ -253,7 +255,7 @@ without IS minus with (the paper's ablation): {without}."""
 @whole
 def cards(runs: Runs, group: str) -> str:
     plain, first, second = f"{group}/grpo", [], []
-    for name, label in CARDS.items():
+    for name, label in CARD_LABELS.items():
         row, scout = f"{group}/{name}", int(name.split("-")[0]) if name[0].isdigit() else 0
         cells = [label, seeds(runs, row), *(mean(runs.at(row, step)) for step in (20, 40, WINDOW))]
         first.append(cells + against(runs, row, (plain, f"{group}/self"), WINDOW))
@@ -283,7 +285,7 @@ since it has not got there. The teacher's own training is not counted."""
 def rivals(runs: Runs, group: str) -> str:
     plain, both = "cards/grpo", runs.only(GROUPS[group][1])
     rows = [["GRPO", f"{len(both.at(plain, RIVALS))}", mean(both.at(plain, RIVALS))] + [""] * 5]
-    for name, label in RIVAL.items():
+    for name, label in RIVAL_LABELS.items():
         row = f"{group}/{name}"
         cells = [label, seeds(runs, row), mean(runs.at(row, RIVALS))]
         cells += against(runs, row, (plain, f"{group}/future"), RIVALS)
@@ -294,7 +296,7 @@ def rivals(runs: Runs, group: str) -> str:
 @whole
 def lax(runs: Runs, group: str) -> str:
     plain, rows = f"{group}/grpo", []
-    for name, label in LAX.items():
+    for name, label in LAX_LABELS.items():
         row = f"{group}/{name}"
         share = "" if row == plain else mean(lucky_shares(runs, row), 2)
         cells = [label, seeds(runs, row), share, mean(runs.at(row, WINDOW))]

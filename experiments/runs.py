@@ -173,7 +173,8 @@ def make(run: Run, measured=measured) -> dict | None:
 
     command, started = TAKEN.sub(path, run.command), time.monotonic()
     reached = max((line["step"] for line in evaluations(ROOT / run.out)), default=0)
-    for steps in [steps for steps in run.steps if steps >= reached] or [""]:
+    lengths = [steps for steps in run.steps if steps >= reached]
+    for steps in lengths or [""]:
         words = command.replace("{steps}", str(steps))
         if not ended_well(run, words):
             return None

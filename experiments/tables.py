@@ -23,7 +23,7 @@ from plumbing.figures import draw_law
 DOCS = ROOT / "docs"
 TEMPLATE = HERE / "results_template.md"
 MARKED = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.DOTALL)  # in README
-ARMS = {  # of the figures
+ARM_COLORS = {  # of the figures
     "grpo": "black",
     "grpo-16": "C7",
     "self": "C0",
@@ -31,7 +31,7 @@ ARMS = {  # of the figures
     "far": "C3",
     "near-no-is": "C2",
 }
-CARDS = {"grpo": "black", "grpo-16": "C7", "self": "C0", "40": "C1", "160": "C3"}
+CARD_COLORS = {"grpo": "black", "grpo-16": "C7", "self": "C0", "40": "C1", "160": "C3"}
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -65,9 +65,9 @@ def draw_plateau(runs: Runs) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, group, of in zip(panels, ("plateau", "one"), (groups.stuck(runs), runs)):
-        for name, color in ARMS.items():
+        for name, color in ARM_COLORS.items():
             if found := [run for (run,) in of.together(f"{group}/{name}")]:
-                curve(axes, found, groups.ARMS[name], color, shift=PLATEAU, log=True)
+                curve(axes, found, groups.ARM_LABELS[name], color, shift=PLATEAU, log=True)
         title = "two borrows (L = 2)" if group == "plateau" else "one borrow (L = 1)"
         axes.set(title=title, xlabel="steps from the start", xlim=(0, LONGER))
     panels[0].set(ylabel="log10 of B, the accuracy on part B", ylim=(-5, 0))
@@ -79,9 +79,9 @@ def draw_early(runs: Runs) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key in zip(panels, ("step", "sampled_tokens")):
-        for name, color in CARDS.items():
+        for name, color in CARD_COLORS.items():
             if found := [run for (run,) in runs.together(f"cards/{name}")]:
-                curve(axes, found, groups.CARDS[name], color, key)
+                curve(axes, found, groups.CARD_LABELS[name], color, key)
     panels[0].set(xlabel="step", ylabel="held-out accuracy", xlim=(0, WINDOW), ylim=(0, 1))
     panels[1].set(xlabel="thousand sampled tokens, scout and guide cache counted", xlim=(0, None))
     save(figure, "early.svg")
