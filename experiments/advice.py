@@ -7,12 +7,10 @@ than *holds*, that is put beside it, and the sentence has to be written anew.
 """
 
 import re
-import statistics
 from collections.abc import Callable
 
 from experiments import groups
-from experiments.plan import WINDOW
-from experiments.results import Runs
+from experiments.results import Runs, speed_ups
 from experiments.student import sameness, verdict
 
 OTHERWISE = "BUT THE LINES SAY"
@@ -34,29 +32,36 @@ class Quoted(str):
         return str(self) if fits else f"{self} {OTHERWISE} {' and '.join(self.verdicts)}"
 
 
+def chosen(runs: Runs, row: str) -> Runs:
+    """Of what starts in a plateau, the seeds for which it is one."""
+    if row.startswith("future/late"):
+        return groups.late(runs)
+    return groups.stuck(runs) if row.startswith("plateau/") else runs
+
+
 def minus(runs: Runs, mine: str, theirs: str, step: str) -> Quoted:
-    """[mine - theirs @step]: of the staircase's plateau, only seeds that start in one."""
-    of = groups.stuck(runs) if mine.startswith("plateau/") else runs
-    return Quoted.of(of.minus(mine, theirs, int(step)))
+    """[mine - theirs @step]: paired differences."""
+    return Quoted.of(chosen(runs, mine).minus(mine, theirs, int(step)))
 
 
 def equal(runs: Runs, row: str, plain: str) -> Quoted:
     """[row - GRPO's row]: the difference at equal tokens."""
-    found, _, ended = groups.at_equal_tokens(runs, row, plain)
+    found, _, ended = groups.at_equal_tokens(chosen(runs, row), row, plain)
     return Quoted.of(found, f"; in {ended} of {len(found)} GRPO had fewer" if ended else "")
 
 
 def out(runs: Runs, row: str, step: str) -> str:
     """[row @step]: how many runs are out of the plateau."""
-    return groups.left(groups.stuck(runs) if row.startswith("plateau/") else runs, row, int(step))
+    return groups.left(chosen(runs, row), row, int(step))
 
 
-def tokens(runs: Runs, row: str, plain: str) -> str:
-    """[row - GRPO's row]: how many times the tokens of as many steps, everything counted."""
-    pairs = runs.together(row, plain)
-    plain = [next(e for e in b.evals if e["step"] == WINDOW) for _, b in pairs]
-    ratios = [a.tokens / line["sampled_tokens"] for (a, _), line in zip(pairs, plain)]
-    return f"{statistics.fmean(ratios):.1f}" if ratios else groups.MISSING
+def faster(runs: Runs, row: str, plain: str, scout: str) -> str:
+    """[row - GRPO's @scout]: GRPO's steps to its accuracy at 40 over its own and the scout's."""
+    return groups.ratio(speed_ups(runs.together(row, plain), int(scout))[0])
+
+
+def seeds(runs: Runs, row: str) -> str:
+    return f"{len(chosen(runs, row).together(row))}"
 
 
 def lucky_share(runs: Runs, row: str) -> str:
@@ -76,5 +81,5 @@ class Asked:
 
 def numbers(runs: Runs) -> dict[str, Asked]:
     """By their names in the template."""
-    every = minus, equal, out, tokens, lucky_share
+    every = minus, equal, out, faster, seeds, lucky_share
     return {find.__name__: Asked(find, runs) for find in every}

@@ -101,6 +101,8 @@ def thousands(values: list[float]) -> str:
 def steps_to(reached: list[tuple[float, bool]], start: int = 0) -> str:
     """The mean of what `Result.reach` finds, and how many runs are cut at the window's end."""
     cut = sum(cut for _, cut in reached)
+    if reached and cut == len(reached):
+        return "not reached"
     return (
         mean([step - start for step, _ in reached], 0) + f" ({cut} cut)" * bool(cut)
         if reached
@@ -221,7 +223,7 @@ def plateau(runs: Runs, group: str) -> str:
         ]
         which = ", ".join(map(str, away))
         said.append(f"\n\nStarts in no plateau (seeds {which}), B at +{AFTER}: {'; '.join(each)}.")
-    ends.append(f"over D = 0's at +{AFTER}, a factor")
+    ends.append(f"ratio of B to D = 0's at +{AFTER}")
     tables = table(header, first), table(f"arm | {' | '.join(ends)}", second)
     return "\n\n".join([*tables, " ".join(said)])
 
@@ -265,7 +267,7 @@ def cards(runs: Runs, group: str) -> str:
             cells.append(ratio(speed_ups(runs.together(row, plain), scout)[0]) if scout else "")
             second.append(cells + equal_cells(runs, row, plain))
     header = f"row | seeds | accuracy at 20 | at 40 | at {WINDOW} | minus GRPO | minus D = 0"
-    costs = f"row | GRPO's steps over its | scout's steps counted | {EQUAL}"
+    costs = f"row | speed-up | scout's steps counted | {EQUAL}"
     guides = [f"{step}: {mean(runs.at(plain, step))}" for step in (10, 20, 40, 80, 160)]
     near, far = f"{group}/40", f"{group}/160"
     gaps = [f"at {step} {minus(runs.minus(near, far, step))}" for step in (20, 40, WINDOW)]
@@ -277,8 +279,8 @@ The guides' own accuracy, by step: {"; ".join(guides)}. Near (step 40) minus far
 
 {table(costs, second)}
 
-GRPO's steps to its own accuracy at step {SCOUT}, over the row's; {WINDOW} where a row is *cut*,
-since it has not got there. The teacher's own training is not counted."""
+*Speed-up*: GRPO's steps to its own accuracy at step {SCOUT}, over the row's; a run that has not got
+there by step {WINDOW} is *cut* and counts as {WINDOW}. The teacher's training is not counted."""
 
 
 @whole

@@ -244,13 +244,15 @@ def test_numbers_in_prose_know_whether_their_sentence_fits():
     assert text("{out[plateau/self @100]}, {out[plateau/far @100]}") == "2 of 3, not run yet"
 
 
-def test_tokens_in_prose_by_hand():
+def test_tokens_and_steps_in_prose_by_hand():
     plain = [[0, 0.0, 0], [20, 0.1, 300], [40, 0.2, 500], [60, 0.3, 800], [200, 0.9, 3000]]
     lines = [line("cards/grpo", seed, *plain) for seed in (10, 11)]
     lines += [line("cards/40", s, [0, 0.0, 700], [20, 0.2, 900], [60, 0.5, 1600]) for s in (10, 11)]
     lines.append(line("lax/40", 10, (0, 0, 0), verified=8, lucky=2))
     told = advice.numbers(Runs(lines))
-    assert "{tokens[cards/40 - cards/grpo]}".format(**told) == "2.0"
+    assert "{faster[cards/40 - cards/grpo @0]}".format(**told) == "2 [2, 2]"
+    assert "{faster[cards/40 - cards/grpo @40]}".format(**told) == "0.667 [0.667, 0.667]"
+    assert "{seeds[cards/40]}".format(**told) == "2"
     assert "{equal[cards/40 - cards/grpo]:holds}".format(**told) == "0.200 [0.200, 0.200]"
     assert "{lucky_share[lax/40]}".format(**told) == "0.25"
 
