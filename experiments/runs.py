@@ -35,7 +35,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from experiments.plan import GROUPS, LEVELS, ROWS, Run
+from npo import NPOConfig
 from plumbing.checkpoints import checkpoint_path
+from plumbing.data import load_prompts
 from plumbing.files import read_jsonl
 from plumbing.guide_cache import load_guide_cache
 from plumbing.rollout import batched
@@ -131,12 +133,16 @@ def moved(out: Path) -> dict:
 
 
 def lucky(out: Path) -> dict:
-    """The verified answers of a guide cache, and how many of them have a wrong working."""
-    from experiments.lucky import count
-    from npo import NPOConfig
-
+    """The verified answers of a guide cache, and how many of them are right with a wrong working:
+    the hand's own is not in the text."""
     config = NPOConfig(model="cards_lax", out=str(out))
-    return count(load_guide_cache(out / "guide.jsonl", config), config)
+    cache, (prompts, _) = load_guide_cache(out / "guide.jsonl", config), load_prompts(config)
+    workings = {
+        f"{prompts.fingerprint}:{row}": hand.working
+        for row, hand in zip(prompts.kept, prompts.rows)
+    }
+    found = [workings[id] in a.text for id, answers in cache.answers.items() for a in answers]
+    return {"verified": len(found), "lucky": found.count(False)}
 
 
 def dynamics(out: Path) -> dict:

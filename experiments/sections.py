@@ -3,12 +3,10 @@
 import contextlib
 import io
 import json
-import statistics
 
 import signal_theory
-from experiments import difficulty, lucky, trl_early, twin
+from experiments import difficulty, trl_early, twin
 from experiments.groups import table
-from plumbing.run import read_jsonl
 
 
 def difficulties() -> str:
@@ -20,17 +18,6 @@ def difficulties() -> str:
     rows = [[*key, *of["training"], *of.get("held-out", [""] * 3)] for key, of in cells.items()]
     header = "world | prompts | training | pass@1 | pass@8 | held out | pass@1 | pass@8"
     return table(header, rows)
-
-
-def lucky_shares() -> str:
-    rows = []
-    for world in lucky.SEEDS:
-        lines = [line for line in read_jsonl(lucky.RESULTS) if line["world"] == world]
-        shares = [line["lucky"] / line["verified"] for line in lines]
-        each = ", ".join(f"{line['lucky']} of {line['verified']}" for line in lines)
-        seeds = f"{lines[0]['seed']} to {lines[-1]['seed']}"
-        rows.append([world, seeds, each, f"{statistics.fmean(shares):.0%}"])
-    return table("world | seeds | lucky answers in each cache | mean share", rows)
 
 
 def law() -> str:

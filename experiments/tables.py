@@ -136,7 +136,6 @@ def results_page(runs: Runs) -> str:
         autonpo=dynamics.autonpo(runs, "autonpo"),
         trl=sections.through_trl(),
         difficulty=sections.difficulties(),
-        lucky=sections.lucky_shares(),
         law=sections.law(),
         twin=sections.twins(),
     )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import grpo
-from experiments import difficulty, lucky, method_figure, runs, trl_early
+from experiments import difficulty, method_figure, runs, trl_early
 from experiments.plan import GROUPS, ROWS, Run
 from plumbing import data
 from plumbing.command import read_flags
@@ -326,17 +326,14 @@ def test_the_method_figure():
 # ---- The worlds ----------------------------------------------------------------------------------
 
 
-def test_lucky_answers_are_counted_by_their_working(monkeypatch):
+def test_lucky_answers_are_counted_by_their_working(monkeypatch, tmp_path):
     prompts = data.world_prompts("cards_lax", 2, "train")
     right, slips, twice = (prompts.rows[row].working for row in (3, 5, 8))
     slips = slips.replace("= ", "= 1", 1)
     answers = {prompts[row].id: text for row, text in ((3, right), (5, slips), (8, twice))}
     made = {id: [Completion(id, [7], None, f"{text} box", True)] for id, text in answers.items()}
-    monkeypatch.setattr(lucky.npo, "go_ahead", lambda config, out: "guide")
-    cache = GuideCache(made, 40, 99, {"prompts": 320})
-    monkeypatch.setattr(lucky.npo, "ask_guide", lambda *_: cache)
-    line = lucky.counted("cards_lax", 4)
-    assert (line["verified"], line["lucky"], line["prompts"], line["seed"]) == (3, 1, 320, 4)
+    monkeypatch.setattr(runs, "load_guide_cache", lambda *_: GuideCache(made, 40, 99, {}))
+    assert runs.lucky(tmp_path) == {"verified": 3, "lucky": 1}
 
 
 def test_difficulty_by_hand(monkeypatch):
