@@ -199,6 +199,8 @@ def paper(runs: Runs) -> str:
     add("a late replay breaks a plateau", f"B, {out}", of.minus(own, plain, END))
     if rows[-1][-1] == "holds" and statistics.median(of.at(own, END)) < STUCK:
         rows[-1][-1] = "not confirmed: ahead, but not out"
+    elif rows[-1][-1] == "holds" and statistics.median(of.at(plain, END)) >= STUCK:
+        rows[-1][-1] = "ahead; GRPO leaves it, too"
     equal, note = at_equal(of, own)
     add("a late replay is ahead at equal tokens", f"B{note}", equal)
     without = of.minus(f"{own}-no-is", own, END)

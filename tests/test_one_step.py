@@ -46,13 +46,14 @@ def test_a_page_by_hand():
         "| 2 | `b` | 0.1 | 0 | -0.577 |\n| 3, sampled | `c` | 0.1 | 0 | discarded |\n"
         "| 3, the guide's | `d` | 1.0 |  | +1.155 |",
         "rewards is 0.4000 and their standard deviation (3 - 1) 0.5196",
-        "changes: 2 of these 2 tokens, 2 in",  # 8 + 5 and 13 + 9 carry
+        "2 of these 2 are digits that a carry changes",  # 8 + 5 and 13 + 9 carry
         "| `1` after `\\boxed{8 +5=` | 0.2000 | 0.4000 | 0.500 | not stopped | 50.0% |",
         "| 0.6000 | 0.3000 | 2.000 | stopped | 0.0% |",
         "It stops 1 of the 10",
         "| the whole answer | 0.054 | 0.081 | 0.054 | 0.108 |",
         "| 1.00 | 1.50 | 1.00 | 2.00 |",
-        "with a gradient: 3 of 8 with the guide,\n2 without it. ",
+        "With the guide 3 of the step's 8 groups have",
+        "\nwithout it 2. ",
     ):
         assert said in text, said
     assert one_step.OTHERS in text and one_step.SILENT not in text

@@ -258,8 +258,8 @@ def test_tokens_and_steps_in_prose_by_hand():
 
 
 def test_a_late_replay_that_is_ahead_may_still_be_in_the_plateau():
-    def verdict(b: float) -> str:
-        lines = [line("future/grpo", s, (60, 0, 1, 0), (100, 0, 2, 0.0001)) for s in (10, 11, 12)]
+    def verdict(b: float, plain=0.0001) -> str:
+        lines = [line("future/grpo", s, (60, 0, 1, 0), (100, 0, 2, plain)) for s in (10, 11, 12)]
         lines += [
             line("future/late-160", s, (60, 0, 1, 0), (100, 0, 2, b + s / 1e6)) for s in (10, 11)
         ]
@@ -267,6 +267,7 @@ def test_a_late_replay_that_is_ahead_may_still_be_in_the_plateau():
         return rows[0].split("|")[3].strip()
 
     assert verdict(0.0049) == "not confirmed: ahead, but not out" and verdict(0.005) == "holds"
+    assert verdict(0.5, plain=0.005) == "ahead; GRPO leaves it, too"
 
 
 # ---- The page ------------------------------------------------------------------------------------
