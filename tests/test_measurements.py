@@ -48,7 +48,7 @@ def test_signal_of_a_guide_by_hand(base, prompts):
         guides = [a - b for a, b in zip(logprobs[0].tolist(), logratios)]
         return Completion(prompts[0].id, ids, guides, "", finished, accuracy=accuracy)
 
-    right, cut = answer({1: 0.5, 4: 0.2}, 1.0), answer({2: 4.0}, 1.0, finished=False)
+    right, cut = answer({1: 0.5, 4: 0.2}, 1.0), answer({2: 4.0}, finished=False)
     groups = [[right, cut], [answer({}), answer({3: 2.0})]]
     encoded = base.encode(prompts[0])
     found = signal_curve.signal_of(base, [Group(prompts[0], encoded, of) for of in groups])
@@ -59,7 +59,7 @@ def test_signal_of_a_guide_by_hand(base, prompts):
     assert found["right"] == pytest.approx(0.1**2, rel=1e-4)
     assert found["weight"] == pytest.approx(0.2, rel=1e-4)
     wrong = signal_curve.signal_of(base, [Group(prompts[0], encoded, groups[1])])
-    assert (wrong["quality"], wrong["right"], wrong["weight"]) == (0, 0, 0)
+    assert (wrong["quality"], wrong["right"], wrong["weight"]) == (0, None, None)
 
 
 def test_signal_curve_of_a_run(tmp_path, monkeypatch, base, teacher, prompts):

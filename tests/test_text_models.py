@@ -160,7 +160,8 @@ def test_autonpo_rolls_back(folder, questions, tmp_path, name, monkeypatch):
     for constant, value in SMALL_CONSTANTS.items():
         monkeypatch.setattr(autonpo, constant, value)
     flags = SMALL | {"model": str(folder(name)), "dataset": str(questions)}
-    run(autonpo.main, AutoNPOConfig(out=str(tmp_path / "run"), **flags | EAGER), 9)
+    flags |= EAGER | {"gate": 0.9}  # the tiny models soon fail few prompts
+    run(autonpo.main, AutoNPOConfig(out=str(tmp_path / "run"), **flags), 9)
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert any(line.get("autonpo/distance") for line in lines)
     assert any(line.get("npo/guide_frac") for line in lines)
