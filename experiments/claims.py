@@ -160,11 +160,11 @@ def signal_rows(start: int) -> list[list[str]]:
         *(
             row(
                 "S peaks at a near distance",
-                f"S^{what} at D = 10 minus 0, and minus 160",
+                f"S^{what} at D = 10 (chosen afterwards) minus 0, and minus 160",
                 differences(key, 0, 10),
                 differences(key, 160, 10),
             )
-            for key, what in (("S", ""), ("S of answers", ", c = length,"))
+            for key, what in (("S", ""), ("S of answers", ", c = length (not AutoNPO's rule),"))
         ),
     ]
 
@@ -217,7 +217,10 @@ def paper(runs: Runs) -> str:
     claim = "training gains most with a near guide"
     add(claim, "cards, step 40 minus 10, and minus 160", *peak)
     best = [plateaus.minus("plateau/lower", f"plateau/{arm}", END - 10) for arm in ("low", "far")]
-    add(claim, f"plateau, +{AFTER - 10}, B > .16 (the best of four) minus B > .01, far", *best)
+    what = (
+        f"plateau, +{AFTER - 10}, B > .16 (the best of four, chosen afterwards) minus B > .01, far"
+    )
+    add(claim, what, *best)
     text = f"the best guide's step at {WINDOW}, seeds: {best_guides(runs)}"
     rows.append(["D* is about 20 from the base, 70 later", text, "not comparable"])
 

@@ -100,14 +100,12 @@ def thousands(values: list[float]) -> str:
 
 def steps_to(reached: list[tuple[float, bool]], start: int = 0) -> str:
     """The mean of what `Result.reach` finds, and how many runs are cut at the window's end."""
+    if not reached:
+        return ""
     cut = sum(cut for _, cut in reached)
-    if reached and cut == len(reached):
+    if cut == len(reached):
         return "not reached"
-    return (
-        mean([step - start for step, _ in reached], 0) + f" ({cut} cut)" * bool(cut)
-        if reached
-        else ""
-    )
+    return mean([step - start for step, _ in reached], 0) + (f" ({cut} cut)" if cut else "")
 
 
 def seeds(runs: Runs, row: str, elsewhere: int = 0) -> str:
@@ -246,12 +244,15 @@ def future(runs: Runs, group: str) -> str:
         rows.append(cells + equal_cells(of, row, plain))
     header = f"row | seeds | B at step {END} | out | step with B > .5 | minus GRPO | {EQUAL}"
     of, away = late(runs), runs.at(plain, PLATEAU)
-    without = same(of.minus(f"{group}/late-160-no-is", f"{group}/late-160", END))
+    late_160, no_is = f"{group}/late-160", f"{group}/late-160-no-is"
+    without = same(of.minus(no_is, late_160, END))
     return f"""{table(header, rows)}
 
 *Late* rows are of the {len(of.together(plain))} of {len(away)} seeds whose GRPO is in a plateau at
 step {PLATEAU} (B < {STUCK}); of these, at step {END}, GRPO has B = {mean(of.at(plain, END))}. Late,
-without IS minus with (the paper's ablation): {without}."""
+without IS minus with (the paper's ablation): {without}. Of all seeds, late from step 160 minus
+GRPO: {minus(runs.minus(late_160, plain, END))}; without IS minus with:
+{minus(runs.minus(no_is, late_160, END))}."""
 
 
 @whole

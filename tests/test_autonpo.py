@@ -327,6 +327,9 @@ def test_what_a_decision_measures(handmade, monkeypatch):
     alone = dataclasses.replace(run.config, kl_scale=1.0)  # V^ = exp(KL)
     plain = [row["variance"] for row in autonpo.decide(run, memory.pool, "", alone).table]
     assert [v**2.5 for v in plain] == pytest.approx([row["variance"] for row in decision.table])
+    huge = dataclasses.replace(run.config, kl_scale=1e9)  # whose exp would overflow
+    capped = autonpo.decide(run, memory.pool, "", huge).table
+    assert [row["variance"] for row in capped] == [math.exp(700)] * 2
     monkeypatch.setattr(autonpo, "drift_since", lambda *_: (0.0, 1.0))
     near = dataclasses.replace(run.config, max_distance=2)
     assert [row["distance"] for row in autonpo.decide(run, memory.pool, "", near).table] == [2]

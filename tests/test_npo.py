@@ -456,16 +456,20 @@ def test_a_guided_run_may_start_in_another_run_than_its_guides(early, tiny, tmp_
     assert [line["step"] for line in read_jsonl(tmp_path / "scout/metrics.jsonl")] == [1, 2, 3]
 
 
-def test_one_runs_later_step_includes_the_tokens_of_its_start(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("first", "second"), [(1, 3), (3, 1)])
+def test_one_runs_later_step_includes_the_tokens_of_its_earlier_one(
+    tiny, tmp_path, monkeypatch, first, second
+):
     monkeypatch.setattr("verifier.is_correct", lucky)
     grpo.train(GRPOConfig(steps=3, **tiny | {"save_every": 1}), tmp_path / "scout")
-    start, guide = (str(checkpoint_path(tmp_path / "scout", step)) for step in (1, 3))
-    config = NPOConfig(steps=3, **tiny, **GUIDED, start=start, guide=guide)
+    start, guide = (str(checkpoint_path(tmp_path / "scout", step)) for step in (first, second))
+    config = NPOConfig(steps=4, **tiny, **GUIDED | {"guided_until": 4}, start=start, guide=guide)
     npo.intervene(config, tmp_path / "run")
     _, *lines = read_jsonl(tmp_path / "run/guide.jsonl")
     cache = sum(line["sampled_tokens"] for line in lines)
     found = read_jsonl(tmp_path / "run/metrics.jsonl")[0]["sampled_tokens"]
-    assert found == checkpoint_state(guide)["sampled_tokens"] + cache
+    later = checkpoint_path(tmp_path / "scout", 3)
+    assert cache and found == checkpoint_state(later)["sampled_tokens"] + cache
 
 
 def test_a_start_of_another_model_is_refused(tiny, tmp_path):
