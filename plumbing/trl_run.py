@@ -245,8 +245,7 @@ class TRLRun(Run, transformers.TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         self.step = state.global_step
-        self.processes.wait_for_everyone()  # each has written its part
-        on_main(self.processes, self._commit)
+        self._commit()
         regular = self.step % self.config.save_every == 0
         if self.remembered and regular and self.remembered.monitor.warning(self.step, self.config):
             control.should_training_stop = True  # then `autonpo.intervene` decides
@@ -263,6 +262,10 @@ class TRLRun(Run, transformers.TrainerCallback):
 
     def _commit(self) -> None:
         """TRL's checkpoint becomes one of the run's, in one act."""
+        self.processes.wait_for_everyone()  # each has written its part
+        on_main(self.processes, self._rename)
+
+    def _rename(self) -> None:
         aside, path = self.out / f"checkpoint-{self.step}", checkpoint_path(self.out, self.step)
         files = [file for file in aside.rglob("*") if file.is_file()]
         for file in files:
@@ -280,7 +283,7 @@ class TRLRun(Run, transformers.TrainerCallback):
         self.load(None)
         self.trainer.args.output_dir = str(self.out)
         self.trainer._save_checkpoint(self.trainer.model, None)
-        on_main(self.processes, self._commit)
+        self._commit()
 
     def load(self, path: Path | None) -> None:
         """The trainer's weights become a checkpoint's; without one the trainer is made ready.

@@ -27,7 +27,8 @@ from worlds import cards
 
 pytestmark = pytest.mark.slow
 SETUP = f"""
-import json, os, signal, sys
+import faulthandler, json, os, signal, sys
+faulthandler.dump_traceback_later(300, exit=True)  # what hangs shows where
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
@@ -363,7 +364,7 @@ def test_kill_9_of_one_and_of_all(method, whole, tmp_path, flags, kill):
     if kind not in whole:
         whole[kind] = method(tmp_path / "whole", 2, flags)
     told = method(tmp_path / "parts", 2, flags, check=False, KILL=kill)
-    assert "SIGKILL" in told
+    assert "SIGKILL" in told, told[-3000:]
     found = method(tmp_path / "parts", 2, flags)
     assert all(torch.equal(value, found[name]) for name, value in whole[kind].items())
 
