@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -26,9 +28,10 @@ from plumbing.model import Policy
 from worlds import cards
 
 pytestmark = pytest.mark.slow
+PATIENCE = 300  # seconds; a launch takes some 20
 SETUP = f"""
 import faulthandler, json, os, signal, sys
-faulthandler.dump_traceback_later(300, exit=True)  # what hangs shows where
+faulthandler.dump_traceback_later({PATIENCE}, exit=True)
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
@@ -39,24 +42,34 @@ LAUNCHER = """-m accelerate.commands.launch --config_file experiments/accelerate
     --main_process_port 0 --num_processes"""
 
 
-def launch(script: Path, count: int, *words, check: bool = True, **environment) -> str:
+def launch(script: Path, count: int, *words, check: bool = True, again: bool = True, **more) -> str:
     """Runs a script on so many processes. Returns what it printed.
 
     To a file, not to a pipe: a process that outlives a kill of its launcher would keep a pipe open.
+    A launch that hangs is ended and made once more; a warning shows where it hung.
     """
     line = [sys.executable]
     if count > 1:
         line += LAUNCHER.split()
         line.append(str(count))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = os.environ | environment | more
     line += [str(script), *map(str, words)]
     with tempfile.TemporaryFile("w+") as file:
         streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        done = subprocess.run(line, env=environment, cwd=ROOT, **streams)
+        process = subprocess.Popen(line, env=environment, cwd=ROOT, **streams)
+        try:
+            process.wait(PATIENCE + 60)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            process.wait()
         file.seek(0)
         told = file.read()
+    if again and ("Timeout (0:" in told or process.returncode == -signal.SIGABRT):
+        warnings.warn(f"hung: {told[-6000:]}", stacklevel=2)
+        return launch(script, count, *words, check=check, again=False, **more)
     if check is not None:
-        assert (done.returncode == 0) == check, told[-3000:]
+        assert (process.returncode == 0) == check, told[-3000:]
     return told
 
 
