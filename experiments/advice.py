@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 
 from experiments import groups
-from experiments.results import Runs, speed_ups
-from experiments.student import sameness, verdict
+from experiments.results import Runs, catch_ups, speed_ups
+from experiments.student import geometric, sameness, verdict
 
 OTHERWISE = "BUT THE LINES SAY"
 
@@ -22,9 +22,9 @@ class Quoted(str):
     verdicts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, differences: list[float], note: str = "") -> "Quoted":
-        made = cls(groups.minus(differences) + note)
-        made.verdicts = verdict(differences), sameness(differences)
+    def of(cls, text: str, *verdicts: str) -> "Quoted":
+        made = cls(text)
+        made.verdicts = verdicts
         return made
 
     def __format__(self, expected: str) -> str:
@@ -39,25 +39,46 @@ def chosen(runs: Runs, row: str) -> Runs:
     return groups.stuck(runs) if row.startswith("plateau/") else runs
 
 
-def minus(runs: Runs, mine: str, theirs: str, step: str) -> Quoted:
-    """[mine - theirs @step]: paired differences."""
-    return Quoted.of(chosen(runs, mine).minus(mine, theirs, int(step)))
+def minus(runs: Runs, mine: str, theirs: str, step: str, later: str = "") -> Quoted:
+    """[mine - theirs @step]: paired differences; theirs may have a second @step of their own."""
+    steps = int(step), int(later or step)
+    found = chosen(runs, mine).minus(mine, theirs, *steps)
+    return Quoted.of(groups.minus(found), verdict(found), sameness(found))
 
 
 def equal(runs: Runs, row: str, plain: str) -> Quoted:
-    """[row - GRPO's row]: the difference at equal tokens."""
+    """[row - GRPO's row]: the difference at equal tokens, and how often the row is ahead."""
     found, _, ended = groups.at_equal_tokens(chosen(runs, row), row, plain)
-    return Quoted.of(found, f"; in {ended} of {len(found)} GRPO had fewer" if ended else "")
+    note = groups.ahead(found) + (f"; in {ended} GRPO had fewer" if ended else "")
+    return Quoted.of(groups.minus(found) + note, verdict(found), sameness(found))
 
 
-def out(runs: Runs, row: str, step: str) -> str:
-    """[row @step]: how many runs are out of the plateau."""
-    return groups.left(chosen(runs, row), row, int(step))
+def out(runs: Runs, row: str, step: str) -> Quoted:
+    """[row @step]: how many runs are out of the plateau: none, some or all."""
+    told = groups.left(chosen(runs, row), row, int(step))
+    count, *_, whole = told.split()
+    kind = {"0": "none", whole: "all", "not": groups.MISSING}.get(count, "some")
+    return Quoted.of(told, kind)
 
 
-def faster(runs: Runs, row: str, plain: str, scout: str) -> str:
-    """[row - GRPO's @scout]: GRPO's steps to its accuracy at 40 over its own and the scout's."""
-    return groups.ratio(speed_ups(runs.together(row, plain), int(scout))[0])
+def times(found: tuple[list[float], int]) -> Quoted:
+    """Ratios of steps: more or fewer."""
+    ratios, cut = found
+    if len(ratios) < 2:
+        return Quoted.of(groups.ratio(ratios), groups.MISSING)
+    _, low, high = geometric(ratios)
+    kind = "more" if low > 1 else "fewer" if high < 1 else "undecided"
+    return Quoted.of(groups.ratio(ratios) + (f" ({cut} cut)" if cut else ""), kind)
+
+
+def faster(runs: Runs, row: str, plain: str) -> Quoted:
+    """[row - GRPO's]: GRPO's steps to its accuracy at 40 over the row's."""
+    return times(speed_ups(runs.together(row, plain)))
+
+
+def caught(runs: Runs, row: str, plain: str, scout: str) -> Quoted:
+    """[row - GRPO's @scout]: GRPO's steps to the row's end, over the row's and the scout's."""
+    return times(catch_ups(runs.together(row, plain), int(scout)))
 
 
 def seeds(runs: Runs, row: str) -> str:
@@ -81,5 +102,5 @@ class Asked:
 
 def numbers(runs: Runs) -> dict[str, Asked]:
     """By their names in the template."""
-    every = minus, equal, out, faster, seeds, lucky_share
+    every = minus, equal, out, faster, caught, seeds, lucky_share
     return {find.__name__: Asked(find, runs) for find in every}

@@ -27,7 +27,7 @@ MEASURES = "reward", "entropy", "reward minus GRPO's", "entropy minus GRPO's"
 
 def aligned(mine: Result, plain: Result) -> numpy.ndarray | None:
     """(60, 4) MEASURES, GRPO's at the same step, of the 20 steps that were taken before the first
-    rollback and of the 40 after it; nan where there is none. None without a rollback."""
+    rollback and of the 40 after it, up to the second; nan where there is none. None without one."""
     if not rollbacks(mine):
         return None
     steps = mine.line["steps"]
@@ -35,7 +35,9 @@ def aligned(mine: Result, plain: Result) -> numpy.ndarray | None:
     theirs = {step: values for step, _, *values in plain.line["steps"]}
     found = numpy.full((BEFORE + AFTER, len(MEASURES)), math.nan)
     for place in range(max(0, at - BEFORE), min(len(steps), at + AFTER)):
-        step, _, *values = steps[place]
+        step, made, *values = steps[place]
+        if made > 1:
+            break
         found[place - at + BEFORE] = [*values, *numpy.subtract(values, theirs[step])]
     return found
 
@@ -105,10 +107,10 @@ def moved(runs: Runs) -> str:
 
 
 def exponents(runs: Runs, start: int) -> list[float]:
-    """Of each seed: the slope of log distance over log D up to 100, 1 where it is linear."""
+    """Of each seed: the slope of log distance over log D, 1 where it is linear."""
     found = []
     for (run,) in runs.together("cards/grpo"):
-        moved = [(span, norm) for t, span, norm in run.line["moved"] if t == start and span <= 100]
+        moved = [(span, norm) for t, span, norm in run.line["moved"] if t == start]
         points = numpy.log(moved)
         found.append(float(numpy.polyfit(*points.T, 1)[0]))
     return found

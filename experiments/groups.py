@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 
 from experiments.plan import AFTER, GROUPS, LONGER, PLATEAU, RIVALS, ROWS, SCOUT, WINDOW
-from experiments.results import Runs, speed_ups
+from experiments.results import Runs, catch_ups, speed_ups
 from experiments.student import bounds, detectable, geometric, interval, sameness, verdict
 
 MISSING = "not run yet"
@@ -23,6 +23,7 @@ ARM_LABELS = {  # of plateau and one
 }
 FUTURE_LABELS = {"grpo": "GRPO"}
 FUTURE_LABELS |= {f"early-{step}": f"early, guide from step {step}" for step in (40, 80, 160)}
+FUTURE_LABELS["late-grpo"] = "GRPO, the late rows' seeds"
 FUTURE_LABELS |= {f"late-{step}": f"late, guide from step {step}" for step in (80, 120, 160)}
 FUTURE_LABELS |= {"late-160-no-is": "late, step 160, without IS"}
 CARD_LABELS = {"grpo": "GRPO", "grpo-16": "GRPO, G = 16", "self": "D = 0: asked again"}
@@ -46,6 +47,7 @@ RIVAL_LABELS = {
 }
 LAX_LABELS = {"grpo": "GRPO", "40": "near: step 40", "160": "far: step 160"}
 LAX_LABELS |= {"40-no-is": "near, without IS", "160-no-is": "far, without IS"}
+ON = "minus GRPO gone on"  # from the guide, for as many steps as the row takes
 EQUAL = "thousand tokens | GRPO at equal tokens | minus that"
 
 
@@ -164,9 +166,16 @@ def equal_cells(runs: Runs, row: str, plain: str) -> list[str]:
     differences, theirs, ended = at_equal_tokens(runs, row, plain)
     tokens = [a.tokens for a, _ in runs.together(row, plain)]
     note = f" ({ended} ended before)" if ended else ""
-    if row == plain:
-        return [thousands(tokens), "", ""]
-    return [thousands(tokens), mean(theirs) + note, minus(differences)]
+    return [thousands(tokens), mean(theirs) + note, minus(differences) + ahead(differences)]
+
+
+def ahead(differences: list[float]) -> str:
+    """In how many runs, as an interval says little of what has one large outlier."""
+    if not differences:
+        return ""
+    equal = differences.count(0)
+    text = f", ahead in {sum(d > 0 for d in differences)} of {len(differences)}"
+    return text + (f", equal in {equal}" if equal else "")
 
 
 def against(runs: Runs, row: str, others: Iterable[str], step: int) -> list[str]:
@@ -238,21 +247,31 @@ def future(runs: Runs, group: str) -> str:
     plain, rows = f"{group}/grpo", []
     for name, label in FUTURE_LABELS.items():
         row, of = f"{group}/{name}", late(runs) if name.startswith("late") else runs
-        reached = steps_to([run.reach(0.5, END) for (run,) in of.together(row)])
-        cells = [label, f"{len(of.together(row))}", mean(of.at(row, END)), left(of, row, END)]
-        cells += [reached, *against(of, row, (plain,), END)]
+        if name == "late-grpo":
+            row = plain
+        found = of.together(row)
+        reached = steps_to([run.reach(0.5, END) for (run,) in found])
+        cells = [label, f"{len(found)}", mean(of.at(row, END)), left(of, row, END), reached]
+        if row == plain:
+            tokens = [run.at(END, "sampled_tokens") for (run,) in found]
+            rows.append([*cells, "", "", thousands([t for t in tokens if t]), "", ""])
+            continue
+        guide, start = int(name.split("-")[1]), PLATEAU if name.startswith("late") else 0
+        on = minus(of.minus(row, plain, END, guide + END - start))
+        cells += [*against(of, row, (plain,), END), on]
         rows.append(cells + equal_cells(of, row, plain))
-    header = f"row | seeds | B at step {END} | out | step with B > .5 | minus GRPO | {EQUAL}"
+    header = f"row | seeds | B at step {END} | out | step with B > .5 | minus GRPO | {ON} | {EQUAL}"
     of, away = late(runs), runs.at(plain, PLATEAU)
     late_160, no_is = f"{group}/late-160", f"{group}/late-160-no-is"
     without = same(of.minus(no_is, late_160, END))
+    equal = at_equal_tokens(runs, late_160, plain)[0]
     return f"""{table(header, rows)}
 
 *Late* rows are of the {len(of.together(plain))} of {len(away)} seeds whose GRPO is in a plateau at
 step {PLATEAU} (B < {STUCK}); of these, at step {END}, GRPO has B = {mean(of.at(plain, END))}. Late,
 without IS minus with (the paper's ablation): {without}. Of all seeds, late from step 160 minus
-GRPO: {minus(runs.minus(late_160, plain, END))}; without IS minus with:
-{minus(runs.minus(no_is, late_160, END))}."""
+GRPO: {minus(runs.minus(late_160, plain, END))}, at equal tokens {minus(equal)}; without IS minus
+with: {minus(runs.minus(no_is, late_160, END))}."""
 
 
 @whole
@@ -262,13 +281,19 @@ def cards(runs: Runs, group: str) -> str:
         row, scout = f"{group}/{name}", int(name.split("-")[0]) if name[0].isdigit() else 0
         cells = [label, seeds(runs, row), *(mean(runs.at(row, step)) for step in (20, 40, WINDOW))]
         first.append(cells + against(runs, row, (plain, f"{group}/self"), WINDOW))
-        if row != plain:
-            speeds, cut = speed_ups(runs.together(row, plain))
-            cells = [label, ratio(speeds) + (f" ({cut} cut)" if cut else "")]
-            cells.append(ratio(speed_ups(runs.together(row, plain), scout)[0]) if scout else "")
-            second.append(cells + equal_cells(runs, row, plain))
+        if row == plain:
+            continue
+        pairs = runs.together(row, plain)
+        measures, on = [speed_ups(pairs), catch_ups(pairs)], []
+        if scout:
+            measures.append(catch_ups(pairs, scout))
+            on = runs.minus(row, plain, WINDOW, scout + WINDOW)
+        cells = [ratio(found) + (f" ({cut} cut)" if cut else "") for found, cut in measures]
+        cells += [""] * (3 - len(cells)) + [minus(on) if on else ""]
+        second.append([label, *cells, *equal_cells(runs, row, plain)])
     header = f"row | seeds | accuracy at 20 | at 40 | at {WINDOW} | minus GRPO | minus D = 0"
-    costs = f"row | speed-up | scout's steps counted | {EQUAL}"
+    costs = f"row | speed-up to GRPO's {SCOUT} | to the row's {WINDOW} | with the scout | "
+    costs += f"{ON} | {EQUAL}"
     guides = [f"{step}: {mean(runs.at(plain, step))}" for step in (10, 20, 40, 80, 160)]
     near, far = f"{group}/40", f"{group}/160"
     gaps = [f"at {step} {minus(runs.minus(near, far, step))}" for step in (20, 40, WINDOW)]
@@ -281,18 +306,22 @@ The guides' own accuracy, by step: {"; ".join(guides)}. Near (step 40) minus far
 {table(costs, second)}
 
 *Speed-up*: GRPO's steps to its own accuracy at step {SCOUT}, over the row's; a run that has not got
-there by step {WINDOW} is *cut* and counts as {WINDOW}. The teacher's training is not counted."""
+there by step {WINDOW} is *cut* and counts as {WINDOW}. Then GRPO's steps to the row's own accuracy
+at step {WINDOW}, over {WINDOW}, and over {WINDOW} and the scout's steps; here GRPO is cut at its
+end. *GRPO gone on*: from the guide, for {WINDOW} more steps. The teacher's training is not
+counted."""
 
 
 @whole
 def rivals(runs: Runs, group: str) -> str:
     plain, both = "cards/grpo", runs.only(GROUPS[group][1])
+    longer = "autonpo/cards-grpo"  # the same, but for more steps
     rows = [["GRPO", f"{len(both.at(plain, RIVALS))}", mean(both.at(plain, RIVALS))] + [""] * 5]
     for name, label in RIVAL_LABELS.items():
         row = f"{group}/{name}"
         cells = [label, seeds(runs, row), mean(runs.at(row, RIVALS))]
         cells += against(runs, row, (plain, f"{group}/future"), RIVALS)
-        rows.append(cells + equal_cells(runs, row, plain))
+        rows.append(cells + equal_cells(runs, row, longer))
     return table(f"row | seeds | accuracy at {RIVALS} | minus GRPO | minus NPO | {EQUAL}", rows)
 
 

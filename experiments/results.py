@@ -30,9 +30,9 @@ class Result:
     def tokens(self) -> int:
         return self.evals[-1]["sampled_tokens"]
 
-    def at(self, step: int) -> float | None:
-        """Accuracy at a step; None where it was not evaluated."""
-        found = [line["eval/accuracy"] for line in self.evals if line["step"] == step]
+    def at(self, step: int, key: str = "eval/accuracy") -> float | None:
+        """Accuracy, or "sampled_tokens", at a step; None where it was not evaluated."""
+        found = [line[key] for line in self.evals if line["step"] == step]
         return found[0] if found else None
 
     def reach(self, level: float, end: int) -> tuple[float, bool]:
@@ -71,9 +71,10 @@ class Runs:
         found = [run.at(step) for (run,) in self.together(row)]
         return [value for value in found if value is not None]
 
-    def minus(self, mine: str, theirs: str, step: int) -> list[float]:
-        """Paired differences of accuracy at a step."""
-        pairs = [(a.at(step), b.at(step)) for a, b in self.together(mine, theirs)]
+    def minus(self, mine: str, theirs: str, step: int, later: int | None = None) -> list[float]:
+        """Paired differences of accuracy at a step; theirs may be at a later one."""
+        later = later or step
+        pairs = [(a.at(step), b.at(later)) for a, b in self.together(mine, theirs)]
         return [a - b for a, b in pairs if None not in (a, b)]
 
     def over(self, mine: str, theirs: str, step: int) -> list[float]:
@@ -92,14 +93,21 @@ def load(folder=HERE) -> Runs:
     return Runs(lines)
 
 
-def speed_ups(pairs: list[tuple[Result, Result]], before: int = 0) -> tuple[list[float], int]:
-    """Of (run, GRPO's): GRPO's steps to its own accuracy at SCOUT over the run's, with `before`
-    steps added to these; and how many runs were cut at WINDOW."""
+def speed_ups(pairs: list[tuple[Result, Result]]) -> tuple[list[float], int]:
+    """Of (run, GRPO's): GRPO's steps to its own accuracy at SCOUT over the run's; and how many runs
+    were cut at WINDOW. Where GRPO has gained nothing by then there is nothing to be faster at: 1.
+    """
     found, cuts = [], 0
     for mine, theirs in pairs:
         level = theirs.at(SCOUT)
-        if level > theirs.at(0):  # else there is nothing to be faster at
-            steps, cut = mine.reach(level, WINDOW)
-            found.append(theirs.reach(level, SCOUT)[0] / (steps + before))
-            cuts += cut
+        steps, cut = mine.reach(level, WINDOW)
+        found.append(theirs.reach(level, SCOUT)[0] / steps if level > theirs.at(0) else 1.0)
+        cuts += cut
     return found, cuts
+
+
+def catch_ups(pairs: list[tuple[Result, Result]], scout: int = 0) -> tuple[list[float], int]:
+    """Of (run, GRPO's): GRPO's steps to the run's accuracy at WINDOW, over WINDOW and the scout's
+    steps; and how many of GRPO's runs were cut at their end."""
+    reached = [b.reach(a.at(WINDOW), b.evals[-1]["step"]) for a, b in pairs]
+    return [step / (WINDOW + scout) for step, _ in reached], sum(cut for _, cut in reached)

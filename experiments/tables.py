@@ -97,7 +97,9 @@ def draw_autonpo(runs: Runs) -> None:
                     tens = found.reshape(len(found), -1, 10).mean(axis=2)
                     where = numpy.arange(tens.shape[1]) * 10 - dynamics.BEFORE + 5
                     whole = tens[~numpy.isnan(tens).any(axis=1)]
-                    band(axes, where, whole, f"{dynamics.AUTO[name]} ({len(whole)} runs)", color)
+                    label = f"{dynamics.AUTO[name]} ({len(whole)} runs)"
+                    if len(whole):
+                        band(axes, where, whole, label, color)
                     axes.plot(where, tens.T, color=color, lw=0.5, alpha=0.4)
             axes.axvline(0, color="black", lw=0.5)
             axes.axhline(0, color="black", lw=0.5)

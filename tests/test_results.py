@@ -12,7 +12,7 @@ import pytest
 
 from experiments import advice, claims, dynamics, groups, student, tables, trl_early
 from experiments.plan import GROUPS
-from experiments.results import Result, Runs, load, speed_ups
+from experiments.results import Result, Runs, catch_ups, load, speed_ups
 
 ROOT = tables.ROOT
 
@@ -115,8 +115,11 @@ def test_speed_ups_by_hand():
     never = Result.of({"evals": [[0, 0.0, 0], [60, 0.05, 9]]})
     flat = Result.of({"evals": [[0, 0.2, 0], [40, 0.1, 9]]})  # has nothing to be faster at
     pairs = [(fast, plain), (never, plain), (fast, flat)]
-    assert speed_ups(pairs) == (pytest.approx([3, 15 / 60]), 1)
-    assert speed_ups(pairs, 20) == (pytest.approx([15 / 25, 15 / 80]), 1)
+    assert speed_ups(pairs) == (pytest.approx([3, 15 / 60, 1]), 1)
+    slow = Result.of({"evals": [[0, 0.0, 0], [40, 0.1, 4], [60, 0.4, 6], [90, 0.7, 9]]})
+    pairs = [(fast, slow), (fast, plain)]  # .5 at 70; never
+    assert catch_ups(pairs) == (pytest.approx([70 / 60, 60 / 60]), 1)
+    assert catch_ups(pairs, 20) == (pytest.approx([70 / 80, 60 / 80]), 1)
 
 
 def test_equal_tokens_by_hand():
@@ -132,6 +135,8 @@ def test_equal_tokens_by_hand():
     )
     differences, theirs, ended = groups.at_equal_tokens(runs, "future/early-40", "future/grpo")
     assert (theirs, ended) == ([0.9], 1) and differences == pytest.approx([-0.2])
+    assert groups.ahead([0.1, 0, -0.2, 0, 0.3]) == ", ahead in 2 of 5, equal in 2"
+    assert (groups.ahead([-0.1]), groups.ahead([])) == (", ahead in 0 of 1", "")
 
 
 def test_starts_that_are_no_plateau_are_apart():
@@ -159,6 +164,8 @@ def test_autonpo_is_aligned_on_its_first_rollback():
     assert found[20:45, 2:].tolist() == [[0.25, -0.25]] * 25
     assert found[19:21, :2].tolist() == [[30 / 8, 1.0], [21 / 8 + 0.25, 0.5]]
     assert numpy.isnan(found[45:]).all() and found.shape == (60, 4)
+    mine.line["steps"][40:] = [[step, 2, 0.0, 0.0] for step in range(29, 46)]  # back once more
+    assert numpy.isnan(dynamics.aligned(mine, theirs)[30:]).all()
 
 
 def test_q_v_and_s_by_hand(tmp_path, monkeypatch):
@@ -241,7 +248,9 @@ def test_numbers_in_prose_know_whether_their_sentence_fits():
     assert turned.endswith(f"{advice.OTHERWISE} reversed and changes")
     assert text("{minus[plateau/self - plateau/self @100]:the same}").startswith("0.000")
     assert text("{minus[cards/40 - cards/self @60]:holds}") == "not run yet"
-    assert text("{out[plateau/self @100]}, {out[plateau/far @100]}") == "2 of 3, not run yet"
+    assert text("{out[plateau/self @100]:some}, {out[plateau/far @100]}") == "2 of 3, not run yet"
+    assert text("{out[plateau/near @100]:all}, {out[plateau/start @60]:none}") == "3 of 3, 0 of 3"
+    assert text("{out[plateau/self @100]:none}").endswith(f"{advice.OTHERWISE} some")
 
 
 def test_tokens_and_steps_in_prose_by_hand():
@@ -250,10 +259,15 @@ def test_tokens_and_steps_in_prose_by_hand():
     lines += [line("cards/40", s, [0, 0.0, 700], [20, 0.2, 900], [60, 0.5, 1600]) for s in (10, 11)]
     lines.append(line("lax/40", 10, (0, 0, 0), verified=8, lucky=2))
     told = advice.numbers(Runs(lines))
-    assert "{faster[cards/40 - cards/grpo @0]}".format(**told) == "2 [2, 2]"
-    assert "{faster[cards/40 - cards/grpo @40]}".format(**told) == "0.667 [0.667, 0.667]"
+    assert "{faster[cards/40 - cards/grpo]:more}".format(**told) == "2 [2, 2]"
+    assert "{caught[cards/40 - cards/grpo @0]:more}".format(**told) == "1.78 [1.78, 1.78]"  # 320/3
+    assert "{caught[cards/40 - cards/grpo @60]:fewer}".format(**told) == "0.889 [0.889, 0.889]"
+    assert "{caught[cards/40 - cards/grpo @60]:more}".format(**told).endswith("SAY fewer")
+    assert "{minus[cards/40 - cards/grpo @20 @60]}".format(**told) == "-0.100 [-0.100, -0.100]"
     assert "{seeds[cards/40]}".format(**told) == "2"
-    assert "{equal[cards/40 - cards/grpo]:holds}".format(**told) == "0.200 [0.200, 0.200]"
+    assert "{equal[cards/40 - cards/grpo]:holds}".format(**told) == (
+        "0.200 [0.200, 0.200], ahead in 2 of 2"
+    )
     assert "{lucky_share[lax/40]}".format(**told) == "0.25"
 
 
