@@ -308,8 +308,8 @@ The guides' own accuracy, by step: {"; ".join(guides)}. Near (step 40) minus far
 *Speed-up*: GRPO's steps to its own accuracy at step {SCOUT}, over the row's; a run that has not got
 there by step {WINDOW} is *cut* and counts as {WINDOW}. Then GRPO's steps to the row's own accuracy
 at step {WINDOW}, over {WINDOW}, and over {WINDOW} and the scout's steps; here GRPO is cut at its
-end. *GRPO gone on*: from the guide, for {WINDOW} more steps. The teacher's training is not
-counted."""
+end, and counts with 1 step at least. *GRPO gone on*: from the guide, for {WINDOW} more steps. The
+teacher's training is not counted."""
 
 
 @whole

@@ -107,7 +107,7 @@ def speed_ups(pairs: list[tuple[Result, Result]]) -> tuple[list[float], int]:
 
 
 def catch_ups(pairs: list[tuple[Result, Result]], scout: int = 0) -> tuple[list[float], int]:
-    """Of (run, GRPO's): GRPO's steps to the run's accuracy at WINDOW, over WINDOW and the scout's
-    steps; and how many of GRPO's runs were cut at their end."""
+    """Of (run, GRPO's): GRPO's steps to the run's accuracy at WINDOW, at least 1, over WINDOW and
+    the scout's steps; and how many of GRPO's runs were cut at their end."""
     reached = [b.reach(a.at(WINDOW), b.evals[-1]["step"]) for a, b in pairs]
-    return [step / (WINDOW + scout) for step, _ in reached], sum(cut for _, cut in reached)
+    return [max(step, 1) / (WINDOW + scout) for step, _ in reached], sum(cut for _, cut in reached)

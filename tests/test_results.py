@@ -117,9 +117,10 @@ def test_speed_ups_by_hand():
     pairs = [(fast, plain), (never, plain), (fast, flat)]
     assert speed_ups(pairs) == (pytest.approx([3, 15 / 60, 1]), 1)
     slow = Result.of({"evals": [[0, 0.0, 0], [40, 0.1, 4], [60, 0.4, 6], [90, 0.7, 9]]})
-    pairs = [(fast, slow), (fast, plain)]  # .5 at 70; never
-    assert catch_ups(pairs) == (pytest.approx([70 / 60, 60 / 60]), 1)
-    assert catch_ups(pairs, 20) == (pytest.approx([70 / 80, 60 / 80]), 1)
+    lost = Result.of({"evals": [[0, 0.0, 0], [60, 0.0, 9]]})
+    pairs = [(fast, slow), (fast, plain), (lost, plain)]  # .5 at 70; never; at once
+    assert catch_ups(pairs) == (pytest.approx([70 / 60, 60 / 60, 1 / 60]), 1)
+    assert catch_ups(pairs, 20) == (pytest.approx([70 / 80, 60 / 80, 1 / 80]), 1)
 
 
 def test_equal_tokens_by_hand():
