@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 from experiments import groups
-from experiments.results import Runs, catch_ups, speed_ups
+from experiments.results import Runs, catch_ups
 from experiments.student import geometric, sameness, verdict
 
 OTHERWISE = "BUT THE LINES SAY"
@@ -61,9 +61,10 @@ def out(runs: Runs, row: str, step: str) -> Quoted:
     return Quoted.of(told, kind)
 
 
-def times(found: tuple[list[float], int]) -> Quoted:
-    """Ratios of steps: more or fewer."""
-    ratios, cut = found
+def caught(runs: Runs, row: str, plain: str, scout: str) -> Quoted:
+    """[row - GRPO's @scout]: GRPO's steps to the row's end, over the row's and the scout's: more or
+    fewer."""
+    ratios, cut = catch_ups(runs.together(row, plain), int(scout))
     if len(ratios) < 2:
         return Quoted.of(groups.ratio(ratios), groups.MISSING)
     _, low, high = geometric(ratios)
@@ -71,14 +72,9 @@ def times(found: tuple[list[float], int]) -> Quoted:
     return Quoted.of(groups.ratio(ratios) + (f" ({cut} cut)" if cut else ""), kind)
 
 
-def faster(runs: Runs, row: str, plain: str) -> Quoted:
-    """[row - GRPO's]: GRPO's steps to its accuracy at 40 over the row's."""
-    return times(speed_ups(runs.together(row, plain)))
-
-
-def caught(runs: Runs, row: str, plain: str, scout: str) -> Quoted:
-    """[row - GRPO's @scout]: GRPO's steps to the row's end, over the row's and the scout's."""
-    return times(catch_ups(runs.together(row, plain), int(scout)))
+def level(runs: Runs, row: str, step: str) -> str:
+    """[row @step]: its accuracy."""
+    return groups.mean(chosen(runs, row).at(row, int(step)))
 
 
 def seeds(runs: Runs, row: str) -> str:
@@ -102,5 +98,5 @@ class Asked:
 
 def numbers(runs: Runs) -> dict[str, Asked]:
     """By their names in the template."""
-    every = minus, equal, out, faster, caught, seeds, lucky_share
+    every = minus, equal, out, caught, level, seeds, lucky_share
     return {find.__name__: Asked(find, runs) for find in every}

@@ -260,7 +260,7 @@ def test_tokens_and_steps_in_prose_by_hand():
     lines += [line("cards/40", s, [0, 0.0, 700], [20, 0.2, 900], [60, 0.5, 1600]) for s in (10, 11)]
     lines.append(line("lax/40", 10, (0, 0, 0), verified=8, lucky=2))
     told = advice.numbers(Runs(lines))
-    assert "{faster[cards/40 - cards/grpo]:more}".format(**told) == "2 [2, 2]"
+    assert "{level[cards/40 @60]}".format(**told) == "0.500 [0.500, 0.500]"
     assert "{caught[cards/40 - cards/grpo @0]:more}".format(**told) == "1.78 [1.78, 1.78]"  # 320/3
     assert "{caught[cards/40 - cards/grpo @60]:fewer}".format(**told) == "0.889 [0.889, 0.889]"
     assert "{caught[cards/40 - cards/grpo @60]:more}".format(**told).endswith("SAY fewer")
