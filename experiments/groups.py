@@ -37,6 +37,7 @@ CARD_LABELS |= {
 }
 RIVAL_LABELS = {
     "luffy": "LUFFY",
+    "luffy-160": "LUFFY, step 160 its teacher",
     "exgrpo": "ExGRPO",
     "rlep": "RLEP",
     "future": "NPO: step 40, gate .6",

@@ -108,6 +108,7 @@ LAXES = [
 # The rivals, and where the source of an answer and the trigger part
 RIVAL_ROWS = [
     Run("rivals/luffy", f"-m commands.luffy --steps {RIVALS}"),
+    Run("rivals/luffy-160", f"-m commands.luffy --steps {RIVALS} --guide {{cards/grpo@160}}"),
     Run("rivals/exgrpo", f"-m commands.exgrpo --steps {RIVALS}"),
     Run(
         "rivals/rlep",
