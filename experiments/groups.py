@@ -42,6 +42,7 @@ RIVAL_LABELS = {
     "rlep": "RLEP",
     "future": "NPO: step 40, gate .6",
     "teacher": "teacher, gate .6",
+    "teacher-no-is": "the same, without IS",
     "future-failed": "step 40, where all failed",
     "past-failed": "step 20, where all failed",
     "teacher-failed": "teacher, where all failed",

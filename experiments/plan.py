@@ -119,6 +119,7 @@ RIVAL_ROWS = [
     Run("rivals/past-failed", f"{THEN} {{cards/grpo@20}} --gate 0"),
     Run("rivals/teacher-failed", f"{THEN} worlds/cards_teacher --gate 0"),
     Run("rivals/teacher", f"{THEN} worlds/cards_teacher"),
+    Run("rivals/teacher-no-is", f"{THEN} worlds/cards_teacher --no-is-correction"),
 ]
 
 # AutoNPO; a fixed distance, once; and going on
