@@ -231,8 +231,8 @@ def paper(runs: Runs) -> str:
         auto, plain = f"autonpo/{world}-auto", f"autonpo/{world}-grpo"
         name = f"{world}, step {STEPS}"
         add("AutoNPO ends above GRPO", name, runs.minus(auto, plain, STEPS))
-        fixed = runs.minus(auto, f"autonpo/{world}-fixed", STEPS)
-        add("AutoNPO ends above a manual intervention", f"{name}, fixed D = 40, once", fixed)
+        always = runs.minus(auto, f"autonpo/{world}-always", STEPS)
+        add("AutoNPO ends above a manual intervention", f"{name}, D = 40 at step 120", always)
         reward, entropy = (around(runs, world, "auto", what)[2:] for what in (2, 3))
         name = f"{world}, ten steps each after the first rollback, minus GRPO"
         if auto in runs.of and len(reward[0]) < 2:

@@ -122,14 +122,17 @@ RIVAL_ROWS = [
     Run("rivals/teacher-no-is", f"{THEN} worlds/cards_teacher --no-is-correction"),
 ]
 
-# AutoNPO; a fixed distance, once; and going on
+# AutoNPO; a fixed distance, once: at its first confirmed warning, or at step 120 whatever happens;
+# and going on
 FIXED = "--save-every 40 --max-distance 40 --cooldown 1000"
+ALWAYS = f"{FIXED} --patience 100 --min-gain 9 --entropy-drop -99 --confirm-pass-rate 0"
 AUTO = [
     Run(f"autonpo/{world}-{name}", f"{command} --model {flags} --eval-every 10")
     for world, flags in (("cards", "cards"), ("staircase", "staircase --borrow-rate 0.02"))
     for name, command in (
         ("auto", "autonpo.py --steps 200"),
         ("fixed", f"autonpo.py --steps 200 {FIXED}"),
+        ("always", f"autonpo.py --steps 200 {ALWAYS}"),
         ("grpo", "grpo.py --steps 300"),
     )
 ]

@@ -92,7 +92,7 @@ def draw_autonpo(runs: Runs) -> None:
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes_of_world, world in zip(figure.subplots(2, 2), dynamics.WORLDS):
         for axes, what in zip(axes_of_world, (2, 3)):
-            for name, color in (("auto", "C1"), ("fixed", "C0")):
+            for name, color in (("auto", "C1"), ("always", "C0")):
                 if (found := dynamics.lines_around(runs, world, name, what)).size:
                     tens = found.reshape(len(found), -1, 10).mean(axis=2)
                     where = numpy.arange(tens.shape[1]) * 10 - dynamics.BEFORE + 5
