@@ -245,12 +245,12 @@ def paper(runs: Runs) -> str:
     npo, plain = "rivals/future", "cards/grpo"
     for name, row in (("LUFFY", "luffy"), ("ExGRPO", "exgrpo"), ("RLEP", "rlep")):
         what = f"cards, step {RIVALS}, NPO guided to it by step {SCOUT}"
-        what += ", RLEP by 160" if row == "rlep" else ""
+        what += {"rlep": ", RLEP by 160", "luffy": ", LUFFY by the teacher"}.get(row, "")
         add(f"NPO ends above {name}", what, rivals(npo, f"rivals/{row}"))
     add("ExGRPO ends above GRPO", "cards", rivals("rivals/exgrpo", plain))
     add("RLEP ends above GRPO", "cards", rivals("rivals/rlep", plain))
     add("RLEP ends above ExGRPO", "cards", rivals("rivals/rlep", "rivals/exgrpo"))
-    add("GRPO ends above LUFFY", "cards", rivals(plain, "rivals/luffy"))
+    add("GRPO ends above LUFFY", "cards, the teacher's answers", rivals(plain, "rivals/luffy"))
     add("the near future beats a teacher", f"cards, step {WINDOW}", cards("40", "teacher"))
     past = rivals(f"{npo}-failed", "rivals/past-failed")
     what = f"cards, step {RIVALS}"
