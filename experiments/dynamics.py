@@ -11,8 +11,8 @@ from experiments.results import Result, Runs
 from experiments.signal_curve import DISTANCES, RESULTS, STARTS
 from plumbing.files import read_jsonl
 
-AUTO = {"auto": "AutoNPO", "fixed": "D = 40, once, if confirmed"}
-AUTO |= {"always": "D = 40, once, at step 120", "grpo": "GRPO"}
+AUTO = {"auto": "AutoNPO", "fixed": "D = 40, if confirmed"}
+AUTO |= {"always": "D = 40, always†", "grpo": "GRPO"}
 WORLDS = "cards", "staircase"
 STEPS, BEFORE, AFTER = 200, 20, 40  # of a run; around the first rollback
 
@@ -82,12 +82,12 @@ def autonpo(runs: Runs, group: str) -> str:
                 cells = [mean(ten) if ten else "" for ten in tens]
                 if tens[2]:
                     curves.append([world, label, measure, f"{len(tens[2])}", *cells])
-    header = f"world | row | seeds | accuracy at {STEPS} | minus GRPO | minus third | {EQUAL} | "
+    header = f"world | row | seeds | accuracy at {STEPS} | minus GRPO | minus always | {EQUAL} | "
     spans = [f"{at - BEFORE + 1} to {at - BEFORE + 10}" for at in range(0, BEFORE + AFTER, 10)]
     return f"""{table(header + "each run's warnings, rollbacks", rows)}
 
-*Minus third*: minus D = 40 at step 120. `3 120-40`: three warnings, and at step 120 a rollback of
-40 steps. Accuracy on the staircase is B. Training reward and entropy of the policy's own answers,
+`2 140-40 180-20`: two warnings, and rollbacks of 40 steps at step 140 and of 20 at 180.
+Accuracy on the staircase is B. Training reward and entropy of the policy's own answers,
 in means of ten steps, counted from the first rollback; GRPO's are those of the same step. Runs that
 never roll back have none:
 

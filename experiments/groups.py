@@ -37,19 +37,19 @@ CARD_LABELS |= {
 }
 RIVAL_LABELS = {
     "luffy": "LUFFY",
-    "luffy-160": "LUFFY, step 160 its teacher",
+    "luffy-160": "LUFFY, step 160 its teacher†",
     "exgrpo": "ExGRPO",
     "rlep": "RLEP",
-    "future": "NPO: step 40, gate .6",
+    "future": "step 40, gate .6",
     "teacher": "teacher, gate .6",
-    "teacher-no-is": "the same, without IS",
+    "teacher-no-is": "teacher, gate .6, without IS†",
     "future-failed": "step 40, where all failed",
     "past-failed": "step 20, where all failed",
     "teacher-failed": "teacher, where all failed",
 }
 LAX_LABELS = {"grpo": "GRPO", "40": "near: step 40", "160": "far: step 160"}
 LAX_LABELS |= {"40-no-is": "near, without IS", "160-no-is": "far, without IS"}
-ON = "minus GRPO gone on"  # from the guide, for as many steps as the row takes
+ON = "minus GRPO gone on†"  # from the guide, for as many steps as the row takes
 EQUAL = "thousand tokens | GRPO at equal tokens | minus that"
 
 
@@ -270,10 +270,9 @@ def future(runs: Runs, group: str) -> str:
     return f"""{table(header, rows)}
 
 *Late* rows are of the {len(of.together(plain))} of {len(away)} seeds whose GRPO is in a plateau at
-step {PLATEAU} (B < {STUCK}); of these, at step {END}, GRPO has B = {mean(of.at(plain, END))}. Late,
-without IS minus with (the paper's ablation): {without}. Of all seeds, late from step 160 minus
-GRPO: {minus(runs.minus(late_160, plain, END))}, at equal tokens {minus(equal)}; without IS minus
-with: {minus(runs.minus(no_is, late_160, END))}."""
+step {PLATEAU}. Late, without IS minus with (the paper's ablation): {without}. With the other seeds,
+late from step 160 minus GRPO: {minus(runs.minus(late_160, plain, END))}, at equal tokens
+{minus(equal)}; without IS minus with: {minus(runs.minus(no_is, late_160, END))}."""
 
 
 @whole
@@ -317,14 +316,17 @@ teacher's training is not counted."""
 @whole
 def rivals(runs: Runs, group: str) -> str:
     plain, both = "cards/grpo", runs.only(GROUPS[group][1])
-    longer = "autonpo/cards-grpo"  # the same, but for more steps
     rows = [["GRPO", f"{len(both.at(plain, RIVALS))}", mean(both.at(plain, RIVALS))] + [""] * 5]
     for name, label in RIVAL_LABELS.items():
         row = f"{group}/{name}"
         cells = [label, seeds(runs, row), mean(runs.at(row, RIVALS))]
         cells += against(runs, row, (plain, f"{group}/future"), RIVALS)
+        ended = at_equal_tokens(runs, row, plain)[2]
+        longer = "autonpo/cards-grpo" if ended else plain  # the same for more steps
         rows.append(cells + equal_cells(runs, row, longer))
-    return table(f"row | seeds | accuracy at {RIVALS} | minus GRPO | minus NPO | {EQUAL}", rows)
+    return table(
+        f"row | seeds | accuracy at {RIVALS} | minus GRPO | minus step 40, gate .6 | {EQUAL}", rows
+    )
 
 
 @whole
