@@ -270,8 +270,8 @@ def future(runs: Runs, group: str) -> str:
     return f"""{table(header, rows)}
 
 *Late* rows are of the {len(of.together(plain))} of {len(away)} seeds whose GRPO is in a plateau at
-step {PLATEAU}. Late, without IS minus with (the paper's ablation): {without}. With the other seeds,
-late from step 160 minus GRPO: {minus(runs.minus(late_160, plain, END))}, at equal tokens
+step {PLATEAU}. Late, without IS minus with (the paper's ablation): {without}. On all {len(away)}
+seeds, late from step 160 minus GRPO: {minus(runs.minus(late_160, plain, END))}, at equal tokens
 {minus(equal)}; without IS minus with: {minus(runs.minus(no_is, late_160, END))}."""
 
 
