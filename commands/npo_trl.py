@@ -23,6 +23,7 @@ TRL is optional: pip install -r requirements-trl.txt
 
 import argparse
 import dataclasses
+import gc
 import os
 import re
 import sys
@@ -264,8 +265,12 @@ def run_method(arguments, config: NPOConfig) -> None:
         intervene(ours, out, trainer, scouts=not ours.guide)
     else:
         TRLRun(ours, out, trainer).go(GuideCache())
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # else a process that leaves takes the others down
+    PartialState().wait_for_everyone()
+    # First DDP lets go of the process group: as its last holder it would wait, without releasing
+    # Python's lock, for gloo's thread, which may need that lock
+    del trainer
+    gc.collect()
+    PartialState().destroy_process_group()  # else a process that leaves takes the others down
 
 
 def in_trls_words(error: Exception) -> str:
