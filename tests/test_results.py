@@ -140,6 +140,23 @@ def test_equal_tokens_by_hand():
     assert (groups.ahead([-0.1]), groups.ahead([])) == (", ahead in 0 of 1", "")
 
 
+def test_a_rival_meets_the_longer_grpo_only_where_the_shorter_one_ends():
+    lines = []
+    for seed in (10, 11):
+        lines.append(line("cards/grpo", seed, (95, 0.4, 900), (100, 0.5, 1000)))
+        lines.append(line("autonpo/cards-grpo", seed, (90, 0.3, 900), (300, 0.8, 2000)))
+        lines.append(line("rivals/exgrpo", seed, (100, 0.6, 950)))
+        lines.append(line("rivals/luffy", seed, (100, 0.7, 1001)))
+        lines.append(line("rivals/rlep", seed, (100, 0.7, 2100)))
+    told = groups.rivals(Runs(lines), "rivals")
+    found = dict(re.findall(r"^\| (ExGRPO|LUFFY|RLEP) \|.*\| (.+?) \| .+? \|$", told, re.MULTILINE))
+    assert found == {
+        "ExGRPO": "0.400 [0.400, 0.400]",
+        "LUFFY": "0.300 [0.300, 0.300]",
+        "RLEP": "0.800 [0.800, 0.800] (2 ended before)",
+    }
+
+
 def test_starts_that_are_no_plateau_are_apart():
     lines = [line("plateau/start", 10, (60, 0.5, 1, 0.0049)), line("plateau/near", 10, (100, 1, 1))]
     lines += [line("plateau/start", 11, (60, 0.5, 1, 0.005)), line("plateau/near", 11, (100, 1, 1))]
